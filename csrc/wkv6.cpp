@@ -1,0 +1,201 @@
+// The operator of RWKV-6: schema, checks of the arguments, and the CPU side. What it computes is written down in
+// visualrwkv/ops/reference.py; visualrwkv/ops/kernel.py adds the shapes for tracing and the autograd formula.
+
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "wkv6_cpu.h"
+
+namespace visualrwkv {
+namespace {
+
+using at::Tensor;
+
+void check_rows(const char* name, const Tensor& x, const Tensor& r) {
+  TORCH_CHECK_VALUE(x.sizes() == r.sizes(), name, " has shape ", x.sizes(), " but r has shape ", r.sizes());
+  TORCH_CHECK_VALUE(x.device() == r.device(), name, " is on ", x.device(), " but r is on ", r.device());
+  TORCH_CHECK_VALUE(
+      x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble || x.scalar_type() == at::kBFloat16 ||
+          x.scalar_type() == at::kHalf,
+      name, " has dtype ", x.scalar_type(), "; a floating point dtype of 16, 32 or 64 bits is needed");
+}
+
+// The type of the state and of all arithmetic: double if an argument is, else float.
+at::ScalarType compute_type(at::ArrayRef<Tensor> tensors) {
+  for (const Tensor& x : tensors)
+    if (x.defined() && x.scalar_type() == at::kDouble) return at::kDouble;
+  return at::kFloat;
+}
+
+void check(
+    const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u, const Tensor& state) {
+  TORCH_CHECK_VALUE(r.dim() == 4, "r must have shape (batch, time, heads, head_size), got ", r.sizes());
+  check_rows("r", r, r);
+  check_rows("k", k, r);
+  check_rows("v", v, r);
+  check_rows("w", w, r);
+  TORCH_CHECK_VALUE(r.size(1) >= 1, "r has shape ", r.sizes(), ": at least one time step is needed");
+  TORCH_CHECK_VALUE(
+      u.sizes() == at::IntArrayRef({r.size(2), r.size(3)}), "u has shape ", u.sizes(), " but r has shape ", r.sizes());
+  if (state.defined())
+    TORCH_CHECK_VALUE(
+        state.sizes() == at::IntArrayRef({r.size(0), r.size(2), r.size(3), r.size(3)}), "state has shape ",
+        state.sizes(), " but r has shape ", r.sizes());
+}
+
+Type type_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kDouble: return Type::f64;
+    case at::kBFloat16: return Type::bf16;
+    case at::kHalf: return Type::f16;
+    default: return Type::f32;
+  }
+}
+
+Rows rows_of(const Tensor& x) {
+  if (!x.defined()) return Rows{};
+  return Rows{static_cast<char*>(x.data_ptr()), type_of(x), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+// Rows need to be contiguous along the last axis only.
+Tensor with_dense_rows(const Tensor& x) {
+  return !x.defined() || x.stride(3) == 1 || x.size(3) == 1 ? x : x.contiguous();
+}
+
+Tensor dense(const Tensor& x, at::ScalarType type) { return x.defined() ? x.to(type).contiguous() : x; }
+
+template <typename T>
+T* pointer(const Tensor& x) {
+  return x.defined() ? x.mutable_data_ptr<T>() : nullptr;
+}
+
+template <typename T>
+const Kernels<T>& chosen_kernels() {
+  return plain::kernels<T>();
+}
+
+#if defined(__x86_64__)
+template <>
+const Kernels<float>& chosen_kernels<float>() {
+  // PyTorch's own choice, so that its variable ATEN_CPU_CAPABILITY holds here too.
+  static const std::string capability = at::get_cpu_capability();
+  if (capability.rfind("AVX512", 0) == 0) return avx512::kernels<float>();
+  if (capability.rfind("AVX2", 0) == 0) return avx2::kernels<float>();
+  return plain::kernels<float>();
+}
+#endif
+
+// Runs a kernel over batch * heads sequences. Starting a thread costs about as much as some dozen tokens.
+template <typename Arguments>
+void run(void (*kernel)(const Arguments&, int64_t, int64_t), const Arguments& p) {
+  constexpr int64_t tokens_per_thread = 32;
+  const int64_t grain = std::max<int64_t>(1, tokens_per_thread / p.time);
+  at::parallel_for(0, p.batch * p.heads, grain, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
+template <typename T>
+void set_problem(
+    Problem<T>& p, const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u,
+    const Tensor& state) {
+  p.batch = r.size(0);
+  p.time = r.size(1);
+  p.heads = r.size(2);
+  p.size = r.size(3);
+  p.r = rows_of(r);
+  p.k = rows_of(k);
+  p.v = rows_of(v);
+  p.w = rows_of(w);
+  p.u = pointer<T>(u);
+  p.state = pointer<T>(state);
+}
+
+std::tuple<Tensor, Tensor> forward_cpu(
+    const Tensor& r_, const Tensor& k_, const Tensor& v_, const Tensor& w_, const Tensor& u_,
+    const std::optional<Tensor>& state_) {
+  const Tensor initial = state_.value_or(Tensor());
+  check(r_, k_, v_, w_, u_, initial);
+  const auto type = compute_type({r_, k_, v_, w_, u_, initial});
+  const Tensor r = with_dense_rows(r_), k = with_dense_rows(k_), v = with_dense_rows(v_), w = with_dense_rows(w_);
+  const Tensor u = dense(u_, type), state = dense(initial, type);
+  const Tensor y = at::empty(r.sizes(), r.options());
+  const Tensor final_state = at::empty({r.size(0), r.size(2), r.size(3), r.size(3)}, r.options().dtype(type));
+  const auto go = [&](auto zero) {
+    using T = decltype(zero);
+    Forward<T> p;
+    set_problem<T>(p, r, k, v, w, u, state);
+    p.y = rows_of(y);
+    p.final_state = pointer<T>(final_state);
+    run(chosen_kernels<T>().forward, p);
+  };
+  if (type == at::kDouble)
+    go(double());
+  else
+    go(float());
+  return {y, final_state};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
+    const Tensor& r_, const Tensor& k_, const Tensor& v_, const Tensor& w_, const Tensor& u_,
+    const std::optional<Tensor>& state_, const std::optional<Tensor>& dy_, const std::optional<Tensor>& dfinal_) {
+  const Tensor initial = state_.value_or(Tensor()), dy_given = dy_.value_or(Tensor());
+  const Tensor dfinal_given = dfinal_.value_or(Tensor());
+  check(r_, k_, v_, w_, u_, initial);
+  const int64_t batch = r_.size(0), heads = r_.size(2), size = r_.size(3);
+  if (dy_given.defined()) check_rows("dy", dy_given, r_);
+  if (dfinal_given.defined())
+    TORCH_CHECK_VALUE(
+        dfinal_given.sizes() == at::IntArrayRef({batch, heads, size, size}), "dfinal has shape ",
+        dfinal_given.sizes(), " but r has shape ", r_.sizes());
+  const auto type = compute_type({r_, k_, v_, w_, u_, initial});
+  const Tensor r = with_dense_rows(r_), k = with_dense_rows(k_), v = with_dense_rows(v_), w = with_dense_rows(w_);
+  const Tensor u = dense(u_, type), state = dense(initial, type), dfinal = dense(dfinal_given, type);
+  const Tensor dy = with_dense_rows(dy_given);
+  const auto like = [](const Tensor& x) { return at::empty(x.sizes(), x.options()); };
+  const Tensor dr = like(r), dk = like(k), dv = like(v), dw = like(w);
+  const auto options = r.options().dtype(type);
+  const Tensor du = at::empty({batch, heads, size}, options), dstate = at::empty({batch, heads, size, size}, options);
+  const auto go = [&](auto zero) {
+    using T = decltype(zero);
+    Backward<T> p;
+    set_problem<T>(p, r, k, v, w, u, state);
+    p.dy = rows_of(dy);
+    p.dr = rows_of(dr);
+    p.dk = rows_of(dk);
+    p.dv = rows_of(dv);
+    p.dw = rows_of(dw);
+    p.dfinal = pointer<T>(dfinal);
+    p.du = pointer<T>(du);
+    p.dstate = pointer<T>(dstate);
+    run(chosen_kernels<T>().backward, p);
+  };
+  if (type == at::kDouble)
+    go(double());
+  else
+    go(float());
+  return {dr, dk, dv, dw, du.sum(0).to(u_.scalar_type()), dstate};
+}
+
+}  // namespace
+}  // namespace visualrwkv
+
+// wkv6 -> y, final state. wkv6_backward -> the gradients of r, k, v, w, u and the initial state (in the type of the
+// arithmetic, also where none was given), from those of y and of the final state (None: zero).
+TORCH_LIBRARY(visualrwkv, m) {
+  m.def("wkv6(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor? state) -> (Tensor, Tensor)");
+  m.def(
+      "wkv6_backward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor? state, Tensor? dy, Tensor? dfinal)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(visualrwkv, CPU, m) {
+  m.impl("wkv6", visualrwkv::forward_cpu);
+  m.impl("wkv6_backward", visualrwkv::backward_cpu);
+}

@@ -1,0 +1,1 @@
+"""Benchmark evaluation, installed as visualrwkv.eval."""

@@ -1,0 +1,105 @@
+"""Shared by all tests: a tiny model with random weights, pictures, and a fixed seed."""
+
+import os
+
+import pytest
+
+# Tests reach no network but their own loopback servers, and two test workers share a machine.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    import torch
+
+    torch.manual_seed(0)
+
+
+def build_random_model(folder, scan="bi", layers=3, seed=0):
+    """Write a checkpoint folder with random weights: RWKV-6 of width 128, a ViT of 2 blocks and 4 x 4 patches."""
+    import torch
+
+    from visualrwkv import (
+        RWKVWorldTokenizer,
+        VisualRWKVConfig,
+        VisualRWKVForConditionalGeneration,
+        VisualRWKVImageProcessor,
+        VisualRWKVProcessor,
+    )
+    from visualrwkv.tokenization import write_vocabulary
+    from visualrwkv.vision import describe_tower
+
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    words = ["User:", "Assistant:", " the", " is", " What", " colour", "\n\n", "。\n", "red", " red", " blue", "What"]
+    write_vocabulary([bytes([i]) for i in range(256)] + [word.encode() for word in words], folder / "rwkv_vocab.txt")
+    tokenizer = RWKVWorldTokenizer(folder / "rwkv_vocab.txt")
+    tower = describe_tower({"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}, 64, True)
+    config = VisualRWKVConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 128,
+            "num_hidden_layers": layers,
+            "time_mix_rank": 8,
+            "decay_rank": 8,
+        },
+        vision_config=tower,
+        scan=scan,
+        image_token_id=tokenizer.image_token_id,
+    )
+    model = VisualRWKVForConditionalGeneration.from_scratch(config).eval()
+    with torch.no_grad():
+        for parameter in model.rwkv.parameters():  # fresh weights hold zeros that would make answers independent
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        model.rwkv.head.weight.normal_(std=0.5)
+    processor = VisualRWKVProcessor(
+        VisualRWKVImageProcessor(size=32, mode="squash"), tokenizer, num_image_tokens=config.num_image_tokens
+    )
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_folder(tmp_path_factory):
+    """A checkpoint folder with random weights; read only."""
+    return build_random_model(tmp_path_factory.mktemp("models") / "random")
+
+
+@pytest.fixture(scope="session")
+def vlm(random_folder):
+    """The model of `random_folder`, ready to be asked."""
+    import visualrwkv
+
+    return visualrwkv.load(random_folder)
+
+
+@pytest.fixture(scope="session")
+def pictures():
+    """Four different small RGB pictures."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)) for _ in range(4)]
+
+
+@pytest.fixture(scope="session")
+def huge_png():
+    """A PNG of 30,000 x 30,000 pixels; its data end early, which shows that nobody starts to decode it."""
+    import struct
+    import zlib
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+
+
+@pytest.fixture(scope="session")
+def picture_file(pictures, tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "picture.png"
+    pictures[0].save(path)
+    return path

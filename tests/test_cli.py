@@ -1,0 +1,248 @@
+"""The command line, mostly in this process (loading torch for each call would take minutes), some in their own."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from visualrwkv import cli
+
+SHORT = ["--max-new-tokens", "8"]
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command; returns exit code, stdout, stderr."""
+
+    def run_command(*arguments):
+        code = cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run_command
+
+
+def refused(result, *words):
+    code, out, err = result
+    assert (code, out) == (2, "")
+    assert err.startswith("visualrwkv: error: ") and err.count("\n") == 1 and "Traceback" not in err, err
+    for word in words:
+        assert word in err, err
+
+
+def test_ask_prints_the_answer_and_nothing_else(run, vlm, picture_file, random_folder):
+    answer = vlm.ask(picture_file, "What?", max_new_tokens=8)
+    code, out, err = run("ask", picture_file, "What?", "--model", random_folder, *SHORT)
+    assert (code, out, err) == (0, answer + "\n", "")
+
+
+def test_ask_as_json(run, vlm, picture_file, random_folder):
+    code, out, _ = run("ask", picture_file, "What?", "--model", random_folder, "--json", "--prompt", "first", *SHORT)
+    record = json.loads(out)
+    assert code == 0
+    assert record["question"] == "What?" and record["image"] == str(picture_file)
+    assert record["max_new_tokens"] == 8
+    assert isinstance(record["answer"], str)
+
+
+def test_bad_pictures_and_questions(run, picture_file, huge_png, random_folder, tmp_path):
+    text = tmp_path / "text.png"
+    text.write_text("not an image")
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(picture_file.read_bytes()[:1000])
+    huge = tmp_path / "huge.png"
+    huge.write_bytes(huge_png)
+    model = ["--model", random_folder]
+    for file in (text, cut, huge, tmp_path / "absent.png", tmp_path):
+        refused(run("ask", file, "What?", *model), str(file))
+    refused(run("ask", picture_file, "", *model), "question is empty")
+    refused(run("ask", picture_file, "Is <image> red?", *model), "<image>")
+    refused(run("ask", picture_file, "What?", *model, "--max-new-tokens", "0"), "max_new_tokens is 0")
+    refused(run("ask", picture_file, "What?", *model, "--temperature", "nan"), "temperature is nan")
+
+
+def test_bad_models(run, picture_file, random_folder, tmp_path):
+    refused(run("ask", picture_file, "What?", "--model", tmp_path), str(tmp_path), "no config.json")
+    folder = shutil.copytree(random_folder, tmp_path / "damaged")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["rwkv.blocks.1.att.key.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(run("ask", picture_file, "What?", "--model", folder), str(folder), "rwkv.blocks.1.att.key.weight")
+    pickled = tmp_path / "weights.pth"
+    torch.save({"emb.weight": torch.zeros(2, 2)}, pickled)
+    refused(run("ask", picture_file, "What?", "--model", pickled), str(pickled))
+
+
+def test_an_unknown_model_name_without_network(picture_file, tmp_path):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "visualrwkv.cli", "ask", picture_file, "What?", "--model", "no/such-model"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    refused((done.returncode, done.stdout, done.stderr), "no/such-model", "HF_HUB_OFFLINE")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        [],
+        ["paint"],
+        ["ask"],
+        ["ask", "picture.png"],
+        ["ask", "picture.png", "What?", "--prompt", "below"],
+        ["ask", "picture.png", "What?", "--max-new-tokens", "many"],
+        ["scenes", "out", "--format", "coco"],
+        ["convert", "one"],
+    ],
+)
+def test_wrong_calls(run, call):
+    refused(run(*call), "--help")
+
+
+def test_help_and_version_answer_without_torch():
+    script = """
+import sys
+from visualrwkv import cli
+try:
+    cli.main(sys.argv[1:])
+finally:
+    assert "torch" not in sys.modules
+"""
+    for call in (["--help"], ["ask", "--help"], ["chat", "--help"], ["--version"]):
+        done = subprocess.run([sys.executable, "-c", script, *call], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout
+
+
+def test_commands_are_those_that_exist():
+    """A verb is listed once it works."""
+    actions = [action for action in cli.build_parser()._actions if action.choices]
+    assert list(actions[0].choices) == ["ask", "chat", "scenes", "train", "convert", "info"]
+
+
+@pytest.fixture
+def talk(run, monkeypatch):
+    """Run `visualrwkv chat` with lines on its standard input."""
+
+    def run_chat(lines, *arguments):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+        return run("chat", *arguments, *SHORT)
+
+    return run_chat
+
+
+def test_chat_answers_line_by_line(talk, vlm, random_folder, picture_file, pictures, tmp_path):
+    second = tmp_path / "second.png"
+    pictures[1].save(second)
+    chat = vlm.chat()
+    expected = [chat.say("What?", pictures[0], max_new_tokens=8), chat.say("And here?", pictures[1], max_new_tokens=8)]
+    lines = ["What?", "", f"/image {second}", "And here?", "/quit", "never read"]
+    code, out, err = talk(lines, picture_file, "--model", random_folder)
+    assert (code, out, err) == (0, "".join(answer + "\n" for answer in expected), "")
+
+
+def test_chat_saves_resumes_and_resets(talk, vlm, random_folder, picture_file, tmp_path):
+    file = tmp_path / "talk.safetensors"
+    model = ["--model", random_folder]
+    assert talk(["What?", f"/save {file}"], picture_file, *model)[0] == 0
+    chat = vlm.chat()
+    chat.say("What?", picture_file, max_new_tokens=8)
+    expected = chat.say("Why?", max_new_tokens=8) + "\n" + vlm.chat().say("Why?", max_new_tokens=8) + "\n"
+    assert talk(["Why?", "/reset", "Why?"], "--resume", file, *model) == (0, expected, "")
+
+
+def test_a_bad_line_does_not_end_a_chat(talk, vlm, random_folder, tmp_path):
+    bad = ["/image nowhere.png", "/save", f"/save {tmp_path}/no/folder", "/dance", "What is <image>?"]
+    code, out, err = talk([*bad, "What?"], "--model", random_folder)
+    assert code == 2 and out == vlm.chat().say("What?", max_new_tokens=8) + "\n"
+    assert err.count("visualrwkv: error: ") == len(bad) == err.count("\n")
+
+
+def test_chat_refuses_a_file_that_is_no_conversation(talk, random_folder, picture_file):
+    refused(talk(["What?"], "--model", random_folder, "--resume", picture_file), str(picture_file))
+
+
+def test_scenes(run, tmp_path):
+    code, out, _ = run("scenes", tmp_path / "new", "--pictures", 3, "--seed", 5, "--format", "pope")
+    assert (code, out) == (0, "") and any((tmp_path / "new").rglob("*.*"))
+    refused(run("scenes", tmp_path / "none", "--pictures", 0), "0 pictures")
+
+
+def test_convert_and_train_refuse_what_is_not_there(run, tmp_path):
+    refused(run("convert", tmp_path / "absent.pth", tmp_path / "new"), "absent.pth")
+    refused(run("train", tmp_path / "absent.yaml"), "absent.yaml")
+
+
+def test_info(run, vlm, random_folder):
+    code, out, err = run("info")
+    assert (code, err) == (0, "") and "torch" in out and "wkv6" in out
+    code, out, _ = run("info", random_folder)
+    assert code == 0
+    assert f"{sum(p.numel() for p in vlm.model.rwkv.parameters()):,} parameters" in out
+    chat = vlm.chat()
+    chat.say("What?", max_new_tokens=1)
+    assert f"{chat.nbytes:,} bytes for each conversation" in out
+    refused(run("info", "nowhere/at/all"), "nowhere/at/all")
+
+
+def test_flops_of_a_token_match_a_count_by_torch(vlm):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from visualrwkv.info import model_sizes
+
+    text = vlm.model.config.text_config
+    told = int(dict(model_sizes(vlm.model))["one token"].split()[0].replace(",", ""))
+    recurrence = 5 * text.attention_size * text.head_size * text.num_hidden_layers
+    state = vlm.model(torch.tensor([[5]])).past_key_values
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        vlm.model(torch.tensor([[7]]), past_key_values=state)
+    # torch counts matrix products alone, of which the recurrence may or may not make use
+    assert told - recurrence <= counter.get_total_flops() <= told * 1.05
+
+
+def test_a_full_disk_is_one_line(run, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device", "out/model.safetensors")
+
+    monkeypatch.setattr(cli, "run_info", full)
+    refused(run("info"), "out/model.safetensors: No space left on device")
+
+
+def test_memory_that_runs_out_is_one_line_and_other_errors_are_not_hidden(run, monkeypatch):
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")):
+        monkeypatch.setattr(cli, "run_info", lambda _, error=error: (_ for _ in ()).throw(error))
+        refused(run("info"), "out of memory")
+    monkeypatch.setattr(cli, "run_info", lambda _: (_ for _ in ()).throw(RuntimeError("a defect")))
+    with pytest.raises(RuntimeError, match="a defect"):
+        cli.main(["info"])
+
+
+def test_ctrl_c_and_a_closed_pipe_are_quiet(random_folder):
+    command = [sys.executable, "-m", "visualrwkv.cli"]
+    chat = subprocess.Popen(
+        [*command, "chat", "--model", str(random_folder), *SHORT],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell that starts the tests in the background makes them, and all they start, deaf to Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    chat.stdin.write("What?\n")
+    chat.stdin.flush()
+    assert chat.stdout.readline()
+    time.sleep(0.2)
+    chat.send_signal(signal.SIGINT)
+    _, err = chat.communicate(timeout=60)
+    assert (chat.returncode, err) == (130, "")
+
+    info = subprocess.Popen([*command, "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    info.stdout.close()
+    err = info.stderr.read()
+    assert (info.wait(timeout=60), err) == (141, "")

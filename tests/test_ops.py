@@ -1,0 +1,275 @@
+"""The WKV operator: golden numbers of the published model, float64 gradients, extreme decays, states, precisions."""
+
+import pytest
+import torch
+from golden_data import GOLDEN
+from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
+
+from visualrwkv.ops import wkv6, wkv6_chunked, wkv6_reference
+from visualrwkv.ops.reference import wkv6_step
+
+FORMS = pytest.mark.parametrize("form", [wkv6_reference, wkv6_chunked], ids=["reference", "chunked"])
+
+
+def sample(batch, time, heads, size=64, mean=-2.0, spread=1.5, dtype=torch.float32, seed=0):
+    """r, k, v, w, u, state; w ~ N(mean, spread)."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, time, heads, size)
+    r, k, v, w = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(4))
+    u = torch.randn(heads, size, generator=generator, dtype=torch.float64)
+    state = torch.randn(batch, heads, size, size, generator=generator, dtype=torch.float64)
+    return [x.to(dtype) for x in (r, k, v, w * spread + mean, u, state)]
+
+
+def gradients(form, inputs, gy, gs=None):
+    """y, the final state and the gradients of sum(y gy) + sum(state gs) for every input."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    y, state = form(*inputs)
+    loss = (y * gy).sum() if gs is None else (y * gy).sum() + (state * gs).sum()
+    return [y.detach(), state.detach(), *torch.autograd.grad(loss, inputs)]
+
+
+def error(value, exact):
+    """Largest difference, relative to the largest exact entry."""
+    difference = (value.double() - exact.double()).abs().max()
+    return float(difference / exact.double().abs().max().clamp(min=1e-30))
+
+
+def golden(name):
+    """The tensors of a golden file in float32, those of shape (B, T, C) as (B, T, H, N)."""
+    tensors = {key: x.float() for key, x in load_file(GOLDEN / name).items()}
+    heads, size = tensors["u"].shape
+    return {key: x.unflatten(-1, (heads, size)) if x.dim() == 3 else x for key, x in tensors.items()}
+
+
+def check_golden(data, suffix, results):
+    names = ["y", "s_out", "gr", "gk", "gv", "gw", "gu", *(["gs0"] if suffix else [])]
+    for name, value in zip(names, results, strict=True):
+        expected = data[name if name == "gs0" else name + suffix]
+        assert error(value, expected) < 2e-6, name
+
+
+@FORMS
+@pytest.mark.parametrize("name", ["wkv6_a", "wkv6_b", "wkv6_extreme"])
+def test_golden_rwkv6(form, name):
+    data = golden(f"{name}.safetensors")
+    check_golden(data, "", gradients(form, [data[key] for key in "rkvwu"], data["gy"]))
+
+
+@FORMS
+@pytest.mark.parametrize("name", ["wkv6_state", "wkv6_state_gs"])
+def test_golden_rwkv6_from_a_state(form, name):
+    data = golden(f"{name}.safetensors")
+    inputs = [data[key] for key in ("r", "k", "v", "w", "u", "s0")]
+    check_golden(data, "__s0", gradients(form, inputs, data["gy"], data.get("gs_out")))
+
+
+@FORMS
+@pytest.mark.parametrize("suffix", ["", "__s0"])
+def test_golden_rwkv5_is_the_case_of_constant_decay(form, suffix):
+    data = golden("wkv5.safetensors")
+    inputs = [data[key] for key in "rkvwu"] + ([data["s0"]] if suffix else [])
+
+    def constant_decay(r, k, v, w, u, state=None):
+        return form(r, k, v, w.expand_as(r), u, state)
+
+    check_golden(data, suffix, gradients(constant_decay, inputs, data["gy"]))
+
+
+@pytest.mark.parametrize("form", [wkv6, wkv6_chunked, wkv6_reference])
+@pytest.mark.parametrize("time", [1, 5, 17, 33])
+def test_gradcheck(form, time):
+    if form is wkv6_reference and time > 5:
+        pytest.skip("autograd of the recurrence; the short cases suffice")
+    inputs = [x.requires_grad_() for x in sample(1, time, 2, 3, mean=-1.0, dtype=torch.float64)]
+    assert torch.autograd.gradcheck(form, inputs, fast_mode=time > 5)
+
+
+@pytest.mark.parametrize("mean", [0.0, 3.0, 5.0])
+def test_gradcheck_strong_decay(mean):
+    inputs = [x.requires_grad_() for x in sample(1, 19, 1, 4, mean=mean, dtype=torch.float64)]
+    assert torch.autograd.gradcheck(wkv6_chunked, inputs)
+
+
+# (mean, spread) of w: initial values, trained values, strong, very strong, everything between none and complete decay
+DECAYS = [(-3.5, 1.5), (-2.0, 1.5), (0.0, 1.5), (2.0, 1.5), (-4.0, 8.0), (20.0, 0.0), (200.0, 0.0), (-300.0, 0.0)]
+
+
+@pytest.mark.parametrize(("mean", "spread"), DECAYS)
+def test_exact_at_every_decay(mean, spread):
+    inputs = sample(2, 75, 2, mean=mean, spread=spread)
+    gy, gs = torch.randn_like(inputs[0]), torch.randn_like(inputs[5])
+    exact = gradients(wkv6_reference, [x.double() for x in inputs], gy.double(), gs.double())
+    double = gradients(wkv6_chunked, [x.double() for x in inputs], gy.double(), gs.double())
+    single = gradients(wkv6_chunked, inputs, gy, gs)
+    for name, a, b, c in zip(["y", "s", "r", "k", "v", "w", "u", "s0"], single, double, exact, strict=True):
+        assert error(b, c) < 1e-13, name
+        assert error(a, c) < (5e-6 if name == "w" else 1e-6), name
+
+
+def test_channels_that_jump_between_no_decay_and_complete_decay():
+    inputs = sample(1, 64, 2)
+    w = inputs[3]
+    w[:, :, :, ::4] = 3.0
+    w[:, :, :, 1::4] = -12.0
+    w[:, ::3, :, 2::4] = 3.0
+    w[:, 1::3, :, 2::4] = -12.0
+    gy, gs = torch.randn_like(w), torch.randn_like(inputs[5])
+    exact = gradients(wkv6_reference, [x.double() for x in inputs], gy.double(), gs.double())
+    for value, wanted in zip(gradients(wkv6_chunked, inputs, gy, gs), exact, strict=True):
+        assert error(value, wanted) < 5e-6
+
+
+@pytest.mark.parametrize("cuts", [(1,), (16,), (7, 16, 17, 50), tuple(range(1, 21))])
+@pytest.mark.parametrize("mean", [-2.0, 2.0])
+def test_split_sequence_equals_the_whole(cuts, mean):
+    r, k, v, w, u, state = sample(2, 53, 2, mean=mean)
+    whole, final = wkv6(r, k, v, w, u, state)
+    pieces = []
+    for start, end in zip((0, *cuts), (*cuts, 53), strict=True):
+        y, state = wkv6(*(x[:, start:end] for x in (r, k, v, w)), u, state)
+        pieces.append(y)
+    assert error(torch.cat(pieces, 1), whole) < 1e-6
+    assert error(state, final) < 1e-6
+
+
+@pytest.mark.parametrize("time", [1, 5, 16, 37])
+def test_padding_leaves_the_state_untouched(time):
+    r, k, v, w, u, state = sample(2, time, 2)
+    k, w = torch.zeros_like(k), torch.full_like(w, -torch.inf)
+    inputs = [x.requires_grad_() for x in (r, k, v, w, u, state)]
+    y, final = wkv6(*inputs)
+    assert torch.equal(final, state)
+    gs = torch.randn_like(state)
+    results = torch.autograd.grad((final * gs).sum() + y.sum(), inputs)
+    assert all(x.isfinite().all() for x in results)
+    assert not results[3].any(), "the gradient of w at -inf is 0"
+
+
+def test_step_equals_the_recurrence():
+    inputs = sample(3, 1, 2, mean=1.0)
+    gy, gs = torch.randn_like(inputs[0]), torch.randn_like(inputs[5])
+    for value, wanted in zip(
+        gradients(wkv6_step, inputs, gy, gs), gradients(wkv6_reference, inputs, gy, gs), strict=True
+    ):
+        assert error(value, wanted) < 1e-6
+    for value, wanted in zip(wkv6_step(*inputs[:5]), wkv6_reference(*inputs[:5]), strict=True):
+        assert error(value, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("pad", [3, 16, 21])
+def test_left_padded_equals_unpadded(pad):
+    r, k, v, w, u, _ = sample(1, 40, 2, mean=1.0)
+    gy, gs = torch.randn(1, 40, 2, 64), torch.randn(1, 2, 64, 64)
+    alone = gradients(wkv6_chunked, [r, k, v, w, u], gy, gs)
+
+    def padded(r, k, v, w, u):
+        def front(x, value):
+            return torch.cat([torch.full_like(x[:, :1], value).expand(-1, pad, -1, -1), x], 1)
+
+        y, state = wkv6_chunked(front(r, 1.7), front(k, 0.0), front(v, -2.3), front(w, -torch.inf), u)
+        return y[:, pad:], state
+
+    for value, wanted in zip(gradients(padded, [r, k, v, w, u], gy, gs), alone, strict=True):
+        assert error(value, wanted) < 3e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_within_twice_the_naive_recurrence(dtype):
+    inputs = sample(2, 50, 2, mean=-3.0, dtype=dtype)
+    state = inputs.pop().float()
+    gy = torch.randn_like(inputs[0])
+    exact = gradients(wkv6_reference, [x.double() for x in (*inputs, state)], gy.double())
+    naive = gradients(wkv6_reference, [*inputs, state], gy)
+    results = gradients(wkv6_chunked, [*inputs, state], gy)
+    assert results[0].dtype == dtype and results[1].dtype == torch.float32
+    for value, rough, wanted, source in zip(results[2:], naive[2:], exact[2:], [*inputs, state], strict=True):
+        assert value.dtype == source.dtype
+        assert error(value, wanted) <= max(2 * error(rough, wanted), 1e-6)
+    assert error(results[0], exact[0]) <= 2 * error(naive[0], exact[0])
+    assert error(results[1], exact[1]) < 1e-6
+
+
+@pytest.mark.parametrize("time", [1, 20])
+def test_autocast_changes_nothing(time):
+    inputs = sample(1, time, 2)
+    gy, gs = torch.randn_like(inputs[0]), torch.randn_like(inputs[5])
+    plain = gradients(wkv6, inputs, gy, gs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = gradients(wkv6, inputs, gy, gs)
+    for a, b in zip(plain, cast, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradient_checkpointing():
+    inputs = sample(1, 40, 2)
+    gy = torch.randn_like(inputs[0])
+
+    def checkpointed(*tensors):
+        return checkpoint(wkv6_chunked, *tensors, use_reentrant=False)
+
+    for a, b in zip(gradients(checkpointed, inputs, gy), gradients(wkv6_chunked, inputs, gy), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_only_some_gradients_wanted():
+    r, k, v, w, u, state = sample(1, 20, 2)
+    k.requires_grad_()
+    y, final = wkv6_chunked(r, k, v, w, u)
+    (from_y,) = torch.autograd.grad(y.sum(), k, retain_graph=True)
+    (from_state,) = torch.autograd.grad(final.sum(), k, retain_graph=True)
+    (both,) = torch.autograd.grad(y.sum() + final.sum(), k)
+    assert error(from_y + from_state, both) < 1e-6
+    state.requires_grad_()
+    y, _ = wkv6_chunked(r, k.detach(), v, w, u, state)
+    assert torch.autograd.grad(y.sum(), state)[0].shape == state.shape
+    with torch.no_grad():
+        assert not wkv6_chunked(r, k, v, w, u, state)[0].requires_grad
+
+
+def test_strided_and_expanded_arguments():
+    r, k, v, w, u, _ = sample(2, 40, 2)
+    joint = torch.stack([r, k, v], 2).transpose(0, 1)  # (T, B, 3, H, N)
+    views = [joint[:, :, i].transpose(0, 1) for i in range(3)]
+    assert not views[0].is_contiguous()
+    y, state = wkv6_chunked(*views, w[:, :1].expand_as(w), u)
+    wanted, final = wkv6_chunked(r, k, v, w[:, :1].repeat(1, 40, 1, 1), u)
+    assert torch.equal(y, wanted) and torch.equal(state, final)
+
+
+def test_arguments_are_left_alone():
+    inputs = sample(1, 20, 1)
+    copies = [x.clone() for x in inputs]
+    gradients(wkv6_chunked, inputs, torch.ones_like(inputs[0]))
+    wkv6_chunked(*inputs)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, copies, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("position", "shape", "message"),
+    [
+        (0, (2, 3, 128), r"r must have shape \(batch, time, heads, head_size\), got \(2, 3, 128\)"),
+        (0, (2, 0, 2, 64), r"r has shape|k has shape \(2, 3, 2, 64\) but r has shape \(2, 0, 2, 64\)"),
+        (1, (2, 4, 2, 64), r"k has shape \(2, 4, 2, 64\) but r has shape \(2, 3, 2, 64\)"),
+        (3, (2, 64), r"w has shape \(2, 64\) but r has shape \(2, 3, 2, 64\)"),
+        (4, (128,), r"u has shape \(128,\) but r of shape \(2, 3, 2, 64\) needs \(2, 64\)"),
+        (5, (2, 2, 64), r"state has shape \(2, 2, 64\) .* needs \(2, 2, 64, 64\)"),
+    ],
+)
+@pytest.mark.parametrize("form", [wkv6, wkv6_chunked, wkv6_reference])
+def test_wrong_shapes_are_named(form, position, shape, message):
+    inputs = sample(2, 3, 2)
+    inputs[position] = torch.zeros(shape)
+    with pytest.raises(ValueError, match=message):
+        form(*inputs)
+
+
+def test_wrong_dtypes_and_empty_sequences_are_named():
+    inputs = sample(1, 3, 1)
+    with pytest.raises(ValueError, match="k has dtype torch.int64"):
+        wkv6(inputs[0], inputs[1].long(), *inputs[2:])
+    with pytest.raises(ValueError, match="a step takes one token, not 3"):
+        wkv6_step(*inputs)
+    with pytest.raises(ValueError, match="at least one time step"):
+        wkv6(*(x[:, :0] for x in inputs[:4]), *inputs[4:])

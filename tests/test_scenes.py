@@ -1,0 +1,529 @@
+"""Drawn scenes: the geometry keeps its rules, and an independent reader of the questions agrees with the answers."""
+
+import json
+import random
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from visualrwkv import scenes
+from visualrwkv.errors import InputError
+from visualrwkv.scenes import phrases
+from visualrwkv.scenes.descriptions import left_to_right
+from visualrwkv.scenes.world import COLOURS, SHAPES, SIZES, Object, Sign, is_valid
+from visualrwkv.scenes.writers import write_scenes
+
+CANONICAL = {
+    word: original
+    for language in ("en", "zh")
+    for original, said in phrases.WORDS[language].items()
+    for word in (said, *phrases.ALIASES[language].get(original, ()))
+}
+DIRECTIONS = {
+    said: where for options in phrases.DIRECTIONS.values() for where, words in options.items() for said in words
+}
+
+
+def sample(index, **limits):
+    return scenes.sample_scene(random.Random(index), **limits)
+
+
+@pytest.fixture(scope="module")
+def many():
+    return [sample(index) for index in range(600)]
+
+
+# --- an independent reader of questions
+
+
+def matching(scene, name):
+    """The objects that a name such as "large circle" or "小的红色的圆形" fits; the sign for "sign"."""
+    if name in ("sign", "牌子"):
+        return [scene.sign]
+    words = [CANONICAL[word] for word in (name.split(" ") if name.isascii() else name.split("的"))]
+    return [thing for thing in scene.shapes if all(word in (thing.size, thing.colour, thing.shape) for word in words)]
+
+
+def the(scene, name):
+    found = matching(scene, name)
+    assert len(found) == 1, f"{name} is ambiguous"
+    return found[0]
+
+
+def side(scene, a, b):
+    """Directions in which a lies from b, by the rule of the world."""
+    dx, dy = a.cx - b.cx, a.cy - b.cy
+    found = set()
+    if abs(dx) >= 0.15 * min(scene.width, scene.height) and abs(dx) > abs(dy):
+        found.add("left" if dx < 0 else "right")
+    if abs(dy) >= 0.15 * min(scene.width, scene.height) and abs(dy) > abs(dx):
+        found.add("above" if dy < 0 else "below")
+    return found
+
+
+def parse(question):
+    """(phrase, slots) of a wording."""
+    text = question.text.replace("\nAnswer the question using a single word or phrase.", "").split("\n")[0]
+    fits = []
+    for phrase, templates in phrases.PHRASES[question.language].items():
+        kind = "compare" if phrase in ("larger", "smaller") else phrase
+        for template in templates:
+            if kind != (question.base or question.kind):
+                continue
+            pattern = re.escape(template)
+            pattern = re.sub(r"\\\{(a|b|an|p|t)\\\}", r"(?P<\1>.+?)", pattern)
+            pattern = pattern.replace(re.escape("{where}"), f"(?P<where>{'|'.join(sorted(DIRECTIONS, key=len)[::-1])})")
+            match = re.fullmatch(pattern, text)
+            if match:
+                fits.append((phrase, match.groupdict()))
+    for phrase, slots in fits:
+        names = [slots[slot] for slot in ("a", "b") if slot in slots]
+        names += [slots["an"].split(" ", 1)[1]] if "an" in slots else []
+        words = [word for name in names for word in (name.split(" ") if name.isascii() else name.split("的"))]
+        short = len(slots.get("p", "").split(" ")) <= 2 and slots.get("t", "number") in (
+            "number",
+            "letter",
+            "数字",
+            "字母",
+        )
+        if short and all(word in CANONICAL or word in ("sign", "牌子") for word in words):
+            return phrase, slots
+    raise AssertionError(f"no reading of {question.text!r}")
+
+
+def expected(scene, question):
+    """The answer, worked out from the objects alone."""
+    phrase, slots = parse(question)
+    chinese = question.language == "zh"
+    words = phrases.WORDS[question.language]
+
+    def name(thing):
+        colour, shape = words[thing.colour], words[thing.shape]
+        return f"{colour}的{shape}" if chinese else f"{colour} {shape}"
+
+    if phrase in ("colour", "shape"):
+        return words[getattr(the(scene, slots["a"]), phrase)]
+    if phrase == "existence":
+        found = bool(matching(scene, slots["a"] if "a" in slots else slots["an"].split(" ", 1)[1]))
+        return {True: "有", False: "没有"}[found] if chinese else {True: "yes", False: "no"}[found]
+    if phrase == "count":
+        counted = slots["p"]
+        if counted in ("objects", "物体"):
+            return str(len(scene.objects))
+        if chinese:
+            counted = counted.removesuffix("的物体")
+        elif counted.endswith(" objects"):
+            counted = counted.removesuffix(" objects")
+        else:
+            counted = counted.removesuffix("es") if counted == "crosses" else counted.removesuffix("s")
+        return str(len(matching(scene, counted)))
+    if phrase == "relation":
+        a, b = the(scene, slots["a"]), the(scene, slots["b"])
+        found = side(scene, a, b)
+        where = DIRECTIONS[slots["where"]]
+        opposite = {"left": "right", "right": "left", "above": "below", "below": "above"}[where]
+        assert found and found <= {where, opposite}, "asked only along the axis that tells"
+        return {True: "是", False: "不是"}[where in found] if chinese else {True: "yes", False: "no"}[where in found]
+    if phrase == "neighbour":
+        a, where = the(scene, slots["a"]), DIRECTIONS[slots["where"]]
+        before = {"left": lambda t: t.cx < a.cx, "right": lambda t: t.cx > a.cx}
+        before |= {"above": lambda t: t.cy < a.cy, "below": lambda t: t.cy > a.cy}
+        found = [thing for thing in scene.objects if thing is not a and before[where](thing)]
+        assert len(found) == 1 and side(scene, found[0], a) == {where}
+        assert the(scene, name(found[0])) is found[0]
+        return name(found[0])
+    if phrase in ("larger", "smaller"):
+        pair = [the(scene, slots["a"]), the(scene, slots["b"])]
+        pair.sort(key=lambda thing: thing.side)
+        assert pair[1].side > 1.4 * pair[0].side
+        return name(pair[phrase == "larger"])
+    assert phrase == "read"
+    if slots.get("t"):
+        assert (
+            slots["t"] == {"en": ("letter", "number"), "zh": ("字母", "数字")}[question.language][scene.sign.is_number]
+        )
+    return scene.sign.text
+
+
+# --- the world
+
+
+def test_scenes_keep_the_rules(many):
+    for scene in many:
+        short = min(scene.width, scene.height)
+        assert 96 <= short and max(scene.width, scene.height) <= 512
+        assert 3 / 4 <= scene.width / scene.height <= 4 / 3
+        assert 1 <= len(scene.objects) <= 6 and scene.noise <= 8
+        assert sum(isinstance(thing, Sign) for thing in scene.objects) <= 1
+        named = [(thing.colour, thing.shape, thing.size) for thing in scene.shapes]
+        assert len(set(named)) == len(named)
+        for i, thing in enumerate(scene.objects):
+            x0, y0, x1, y1 = thing.box
+            assert x0 >= 0 and y0 >= 0 and x1 <= scene.width and y1 <= scene.height
+            for other in scene.objects[:i]:
+                a0, b0, a1, b1 = other.box
+                assert max(a0 - x1, x0 - a1, b0 - y1, y0 - b1) >= 0.03 * short - 1e-6
+            if isinstance(thing, Sign):
+                assert 0.25 <= thing.height / short + 1e-3 and thing.height / short <= 0.311
+                continue
+            low, high = {"small": (0.13, 0.17), "large": (0.25, 0.31)}[thing.size]
+            assert low - 1e-3 <= max(x1 - x0, y1 - y0) / short <= high + 1e-3
+            assert all(abs(a - b) <= 18 for a, b in zip(thing.rgb, COLOURS[thing.colour], strict=True))
+            assert abs(thing.rotation) <= 20
+            assert thing.rotation == 0 or thing.shape in ("triangle", "star", "square", "hexagon", "cross")
+    counts = Counter(len(scene.objects) for scene in many)
+    assert all(counts[n] > 60 for n in range(1, 7))
+    assert 0.28 < sum(scene.sign is not None for scene in many) / len(many) < 0.42
+    assert {thing.colour for scene in many for thing in scene.shapes} == set(COLOURS)
+    assert {thing.shape for scene in many for thing in scene.shapes} == set(SHAPES)
+
+
+def test_limits_of_sampling():
+    for index in range(50):
+        scene = sample(index, min_objects=2, max_objects=3, sides=(128, 160), sign_probability=1.0)
+        assert 2 <= len(scene.objects) <= 3 and 128 <= scene.width <= 160 and 128 <= scene.height <= 160
+        assert scene.sign is not None
+    for wrong in ({"min_objects": 0}, {"max_objects": 7}, {"min_objects": 3, "max_objects": 2}, {"sides": (300, 200)}):
+        with pytest.raises(InputError):
+            sample(0, **wrong)
+    with pytest.raises(InputError, match="split 'dev'"):
+        sample(0, split="dev")
+
+
+def test_equal_seeds_give_equal_bytes():
+    for index in range(20):
+        scene = scenes.sample_scene(scenes.scene_rng(3, "train", index))
+        again = scenes.sample_scene(scenes.scene_rng(3, "train", index))
+        assert scene == again and scenes.draw(scene).tobytes() == scenes.draw(again).tobytes()
+        assert scenes.conversation(scene, random.Random(index), 4) == scenes.conversation(
+            again, random.Random(index), 4
+        )
+        assert scenes.draw(scene).size == (scene.width, scene.height) and scenes.draw(scene).mode == "RGB"
+    assert scenes.sample_scene(scenes.scene_rng(3, "val", 0)) != scenes.sample_scene(scenes.scene_rng(3, "train", 0))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_drawn_pixels_fill_the_box(shape):
+    for rotation, style in ((0.0, 0.0), (17.0, 0.6), (-20.0, 1.0)):
+        thing = Object("red", shape, "large", COLOURS["red"], 100.3, 120.7, 60.0, rotation, style)
+        scene = scenes.Scene(200, 240, "white", (255,) * 3, (255,) * 3, 0, False, 0, (thing,))
+        marked = np.asarray(scenes.draw(scene).convert("L")) < 180
+        rows, columns = np.flatnonzero(marked.any(1)), np.flatnonzero(marked.any(0))
+        drawn = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+        # A sharp tip covers less than half of its last pixels.
+        assert np.allclose(drawn, thing.box, atol=3.0)
+        assert max(thing.box[2] - thing.box[0], thing.box[3] - thing.box[1]) == pytest.approx(60)
+        centre = scenes.draw(scene).getpixel((100, 120))
+        assert centre == ((255, 255, 255) if shape == "ring" else COLOURS["red"])
+
+
+def test_noise_stays_within_its_amplitude(many):
+    scene = next(scene for scene in many if scene.noise > 4 and scene.top == scene.bottom == (225, 225, 225))
+    corner = np.asarray(scenes.draw(scene)).astype(int)[:2, :2]
+    assert abs(corner - 225).max() <= scene.noise
+
+
+# --- questions
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("vary", [0.0, 1.0])
+def test_an_independent_reader_agrees(many, language, vary):
+    kinds = Counter()
+    rng = random.Random(5)
+    for scene in many:
+        for question in scenes.questions(scene, rng, languages=(language,), vary=vary):
+            kinds[question.kind] += 1
+            assert question.language == language
+            if question.kind == "describe":
+                continue
+            answer = expected(scene, question)
+            if question.kind == "choice":
+                lines = question.text.split("\n")
+                assert lines[1:-1] == [f"{'ABCDE'[i]}. {option}" for i, option in enumerate(question.options)]
+                assert 2 <= len(question.options) <= 5 and len(set(question.options)) == len(question.options)
+                assert (
+                    lines[-1]
+                    == {
+                        "en": "Answer with the option's letter from the given choices directly.",
+                        "zh": "请直接回答选项字母。",
+                    }[language]
+                )
+                assert question.options["ABCDE".index(question.answer)] == answer
+            else:
+                assert question.answer == answer
+    assert set(kinds) == set(scenes.KINDS) and min(kinds.values()) > 60
+
+
+def test_usual_wordings():
+    a = Object("red", "circle", "small", COLOURS["red"], 30, 100, 30)
+    b = Object("orange", "star", "large", COLOURS["orange"], 150, 100, 56)
+    sign = Sign("42", (255, 255, 255), (0, 0, 0), None, 100, 30, 60, 55, 0.7)
+    scene = scenes.Scene(200, 200, "white", (255,) * 3, (255,) * 3, 0, False, 0, (b, sign, a))
+    assert is_valid(scene)
+    texts = {"en": set(), "zh": set()}
+    for seed in range(200):
+        for question in scenes.questions(scene, random.Random(seed), languages=("en", "zh"), vary=0, short_line=0):
+            texts[question.language].add((question.text, question.answer))
+    assert {
+        ("What color is the circle?", "red"),
+        ("What color is the small circle?", "red"),
+        ("What shape is the orange object?", "star"),
+        ("Is there an orange star?", "yes"),
+        ("How many circles are there?", "1"),
+        ("How many objects are there?", "3"),
+        ("How many red objects are there?", "1"),
+        ("Is the red circle to the left of the orange star?", "yes"),
+        ("Is the red circle to the right of the orange star?", "no"),
+        ("Which is larger, the red circle or the orange star?", "orange star"),
+        ("What number is on the sign?", "42"),
+        (
+            "Describe the image.",
+            "The image shows, from left to right, a small red circle, a sign with the number 42 and a large orange "
+            "star.",
+        ),
+    } <= texts["en"]
+    assert {
+        ("圆形是什么颜色的？", "红色"),
+        ("红色的物体是什么形状？", "圆形"),
+        ("图中有红色的圆形吗？", "有"),
+        ("图中有几个圆形？", "1"),
+        ("红色的圆形在橙色的五角星的左边吗？", "是"),
+        ("红色的圆形和橙色的五角星哪个更大？", "橙色的五角星"),
+        ("牌子上写的是什么？", "42"),
+        ("描述这张图片。", "图中从左到右有一个小的红色的圆形、一个写着42的牌子和一个大的橙色的五角星。"),
+    } <= texts["zh"]
+    # The sign lies between the two, so neither has exactly one thing to its side.
+    assert not any(text.startswith("What is to the") for text, _ in texts["en"])
+
+
+def test_answers_are_balanced(many):
+    rng = random.Random(1)
+    answers = Counter()
+    for scene in many * 3:
+        for question in scenes.conversation(scene, rng, 4, languages=("en",)):
+            answers[question.base or question.kind, question.options and "choice", question.answer] += 1
+    for kind in ("existence", "relation"):
+        yes, no = answers[kind, None, "yes"], answers[kind, None, "no"]
+        assert yes + no > 200 and 0.42 < yes / (yes + no) < 0.58
+    assert {answer for kind, _, answer in answers if kind == "count"} >= set("0123456")
+    wordings = Counter(
+        parse(question)[0] == "existence" and question.text == f"Is there {phrases.article(slots)}?"
+        for scene in many
+        for question in scenes.questions(scene, rng, ("existence",), ("en",), short_line=0)
+        for slots in [parse(question)[1]["an"].split(" ", 1)[1]]
+    )
+    assert 0.4 < wordings[True] / sum(wordings.values()) < 0.6
+
+
+def test_conversations_give_nothing_away(many):
+    rng = random.Random(2)
+    turns = []
+    for scene in many:
+        asked = scenes.conversation(scene, rng, 8, languages=("en",), vary=0, short_line=0)
+        assert asked
+        turns.append(len(asked))
+        if any(question.kind == "describe" for question in asked):
+            assert len(asked) == 1
+            continue
+        for question in asked:
+            others = [other for other in asked if other is not question]
+            assert all(question.fits(other) for other in others)
+            read = " ; ".join(
+                f"{other.text.splitlines()[0]} {'' if other.options else other.answer}" for other in others
+            )
+            kind = question.base or question.kind
+            answer = question.options["ABCDE".index(question.answer)] if question.options else question.answer
+            if kind in ("colour", "shape"):
+                thing = the(scene, parse(question)[1]["a"])
+                assert f"{thing.colour} {thing.shape}" not in read
+                assert not (kind == "colour" and f"What shape is the {answer} object" in read)
+            elif kind == "neighbour":
+                assert answer not in read
+            elif kind == "existence":
+                assert parse(question)[1]["an"].split(" ", 1)[1] not in read
+            elif question.text.startswith("How many objects"):
+                assert not any(thing.shape in read for thing in scene.shapes)
+    assert 2.5 < sum(turns) / len(turns)
+
+
+def test_short_line_and_refusals(many):
+    lined = [
+        question.text.endswith("\nAnswer the question using a single word or phrase.")
+        for scene in many[:200]
+        for question in scenes.questions(scene, random.Random(0), ("colour", "count"), ("en",), short_line=0.5)
+    ]
+    assert 0.4 < sum(lined) / len(lined) < 0.6
+    scene = many[0]
+    with pytest.raises(InputError, match="smell"):
+        scenes.questions(scene, random.Random(0), kinds=("smell",))
+    with pytest.raises(InputError, match="fr"):
+        scenes.conversation(scene, random.Random(0), 2, languages={"fr": 1})
+    with pytest.raises(InputError, match="0 turns"):
+        scenes.conversation(scene, random.Random(0), 0)
+    with pytest.raises(InputError, match="weight"):
+        scenes.conversation(scene, random.Random(0), 1, kinds={"count": 0})
+    with pytest.raises(InputError, match="base"):
+        scenes.ask(scene, random.Random(0), "choice", base="describe")
+
+
+# --- whole-picture texts
+
+
+def test_descriptions_go_from_left_to_right(many):
+    for scene in many[:200]:
+        text = scenes.describe(scene)
+        places = []
+        for thing in sorted(scene.objects, key=lambda thing: thing.cx):
+            if isinstance(thing, Sign):
+                assert text.count(f" {thing.text}") == 1 or thing.text in "AI"
+                places.append(text.index("sign with"))
+            else:
+                places.append(text.index(f"{thing.size} {thing.colour} {thing.shape}"))
+        assert places == sorted(places)
+        assert text.count(".") == 1 and scenes.describe(scene, "zh").count("一个") == len(scene.objects)
+
+
+def test_captions_and_variants(many):
+    rng = random.Random(3)
+    for scene in many[:150]:
+        text = scenes.caption(scene, rng)
+        assert all(f"{t.size} {t.colour} {t.shape}" in text for t in scene.shapes) and "background" in text
+        near = scenes.variants(scene, rng, 4)
+        assert len(near) == 4 and all(is_valid(other) for other in near)
+        told = {frozenset(scenes.caption(other, random.Random(0)).split(", ")) for other in (scene, *near)}
+        assert len(told) == 5
+        for other in near:
+            assert len(scene.objects) - 1 <= len(other.objects) <= len(scene.objects)
+            assert len({t.key for t in scene.objects} - {t.key for t in other.objects}) <= 2
+    scene = scenes.sample_scene(random.Random(1), min_objects=3, split="train")
+    near = scenes.variants(scene, rng, 6, split="train")
+    assert near and {scenes.split_of(t.key for t in other.objects) for other in near} == {"train"}
+
+
+def test_all_texts_cover_every_word(many):
+    known = set(re.findall(r"[A-Za-z0-9']+|[^\x00-\x7f]", "\n".join(scenes.all_texts())))
+    rng = random.Random(4)
+    for scene in many:
+        said = [scenes.describe(scene), scenes.describe(scene, "zh"), scenes.caption(scene, rng)]
+        said += [text for q in scenes.conversation(scene, rng, 6) for text in (q.text, q.answer)]
+        assert set(re.findall(r"[A-Za-z0-9']+|[^\x00-\x7f]", "\n".join(said))) <= known
+
+
+# --- splits and files
+
+
+def test_splits_share_no_list_of_objects():
+    found = {}
+    for split in ("train", "val", "test"):
+        drawn = [scenes.sample_scene(scenes.scene_rng(0, split, i), max_objects=2, split=split) for i in range(300)]
+        found[split] = {tuple(sorted(thing.key for thing in scene.objects)) for scene in drawn}
+    assert not (found["train"] & found["val"] or found["train"] & found["test"] or found["val"] & found["test"])
+
+
+def files(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("layout", ["llava", "vqav2", "scienceqa", "pope"])
+def test_files_depend_on_the_seed_alone(tmp_path, layout, capfd):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        write_scenes(tmp_path / name, layout, 10, seed)
+    first = files(tmp_path / "a")
+    assert first == files(tmp_path / "b") and first != files(tmp_path / "c")
+    captured = capfd.readouterr()
+    assert captured.out == "" and "10/10" in captured.err
+
+
+def test_llava_layout(tmp_path):
+    write_scenes(tmp_path / "out", "llava", 6, 0)
+    records = json.loads((tmp_path / "out" / "train.json").read_text(encoding="utf-8"))
+    assert len(records) == 6 and len({record["id"] for record in records}) == 6
+    for record in records:
+        with Image.open(tmp_path / "out" / "images" / record["image"]) as image:
+            assert image.format == "PNG" and image.mode == "RGB"
+        turns = record["conversations"]
+        assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
+        assert [turn["value"].count("<image>") for turn in turns] == [1] + [0] * (len(turns) - 1)
+    assert max(len(record["conversations"]) for record in records) > 2
+
+
+def test_vqav2_layout(tmp_path):
+    write_scenes(tmp_path, "vqav2", 15, 0)
+    ids = {}
+    for split, pictures in (("train", 12), ("val", 3)):
+        questions = json.loads((tmp_path / f"v2_OpenEnded_mscoco_{split}2014_questions.json").read_text())
+        annotations = json.loads((tmp_path / f"v2_mscoco_{split}2014_annotations.json").read_text())
+        assert questions["task_type"] == "Open-Ended" and questions["data_subtype"] == f"{split}2014"
+        asked = {q["question_id"]: q for q in questions["questions"]}
+        assert len(asked) == len(annotations["annotations"]) == len(questions["questions"])
+        for annotation in annotations["annotations"]:
+            assert asked[annotation["question_id"]]["image_id"] == annotation["image_id"]
+            assert [a["answer_id"] for a in annotation["answers"]] == list(range(1, 11))
+            assert {a["answer"] for a in annotation["answers"]} == {annotation["multiple_choice_answer"]}
+            assert annotation["answer_type"] in ("yes/no", "number", "other")
+        ids[split] = {q["image_id"] for q in questions["questions"]}
+        assert len(ids[split]) == pictures
+        for image_id in ids[split]:
+            assert (tmp_path / f"{split}2014" / f"COCO_{split}2014_{image_id:012d}.jpg").is_file()
+    assert not ids["train"] & ids["val"]
+
+
+def test_scienceqa_layout(tmp_path):
+    write_scenes(tmp_path, "scienceqa", 36, 0)
+    problems = json.loads((tmp_path / "problems.json").read_text())
+    splits = json.loads((tmp_path / "pid_splits.json").read_text())
+    assert sorted(splits["train"] + splits["val"] + splits["test"]) == sorted(problems)
+    assert len(problems) == 40
+    bare = [pid for pid, problem in problems.items() if problem["image"] is None]
+    assert len(bare) == 4
+    for pid, problem in problems.items():
+        assert pid in splits[problem["split"]]
+        assert 0 <= problem["answer"] < len(problem["choices"]) <= 5
+        assert problem["subject"] in ("natural science", "social science", "language science")
+        assert re.fullmatch(r"grade([1-9]|1[0-2])", problem["grade"])
+        assert "\n" not in problem["question"]
+        picture = tmp_path / "images" / problem["split"] / pid / "image.png"
+        assert picture.is_file() == (problem["image"] == "image.png")
+        assert problem["hint"] or problem["image"]
+
+
+def test_pope_layout(tmp_path):
+    write_scenes(tmp_path, "pope", 8, 0)
+    for category in ("random", "popular", "adversarial"):
+        records = [json.loads(line) for line in (tmp_path / f"coco_pope_{category}.json").read_text().splitlines()]
+        assert [record["question_id"] for record in records] == list(range(1, len(records) + 1))
+        assert Counter(record["label"] for record in records) == {"yes": len(records) // 2, "no": len(records) // 2}
+        for record in records:
+            assert (tmp_path / "val2014" / record["image"]).is_file()
+            assert re.fullmatch(r"Is there an? \w+ \w+ in the image\?", record["text"])
+            index = int(record["image"][-16:-4]) - 1
+            scene = scenes.sample_scene(scenes.scene_rng(0, "val", index), split="val", min_objects=2)
+            name = record["text"].split(" ", 3)[3].removesuffix(" in the image?")
+            assert bool(matching(scene, name)) == (record["label"] == "yes")
+
+
+def test_writer_refusals(tmp_path):
+    (tmp_path / "file").write_text("")
+    for arguments, message in (
+        ((tmp_path / "a", "coco", 1, 0), "coco"),
+        ((tmp_path / "a", "llava", 0, 0), "0 pictures"),
+        ((tmp_path / "a", "llava", 1, "x"), "seed"),
+        ((tmp_path, "llava", 1, 0), "not empty"),
+        ((tmp_path / "file", "llava", 1, 0), "cannot be written"),
+        ((tmp_path / "file" / "under", "llava", 1, 0), "cannot be written"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            write_scenes(*arguments)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="test"):
+        write_scenes(tmp_path / "a", "vqav2", 1, 0, split="test")
+
+
+def test_names_of_sizes_and_order():
+    assert set(SIZES) == {"small", "large"}
+    scene = sample(3, min_objects=6)
+    assert [thing.cx for thing in left_to_right(scene)] == sorted(thing.cx for thing in scene.objects)

@@ -1,0 +1,357 @@
+"""The training stages, each for a few steps on the tiny random model."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from visualrwkv.errors import InputError
+
+pytest.importorskip("accelerate")
+
+from visualrwkv import engine, training
+from visualrwkv.building import build_model
+from visualrwkv.data import Collator, ScenesDataset
+from visualrwkv.recipe import ScenesData, load_recipe
+
+BASE = """
+stage: instruction
+output: {output}
+model: {{from: {model}}}
+data: {{max_length: 600, scenes: {{seed: 1, objects: [1, 2], sides: [96, 110], turns: [1, 2]}}}}
+train: {{projector: 1.0e-3, language: 1.0e-3}}
+steps: 4
+batch_size: 2
+workers: 0
+log_every: 1
+save_every: 2
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, random_folder):
+    """A function that writes a recipe with its own output folder and gives the file's path."""
+
+    def write(name="run", text=BASE):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(text.format(output=tmp_path / name, model=random_folder))
+        return path
+
+    return write
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def changed(before, after):
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_the_projector_stage_changes_the_projector_alone(recipe, tmp_path, random_folder):
+    text = BASE.replace("instruction", "projector").replace(", language: 1.0e-3", "")
+    assert training.run(recipe(text=text), ["steps=2"]) == 0
+    assert changed(weights(random_folder), weights(tmp_path / "run")) == {"proj.weight"}
+    entries = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == [1, 2] and set(entries[0]["lr"]) == {"projector"}
+    for name in ("recipe.yaml", "versions.json", "config.json", "processor_config.json", "rwkv_vocab.txt"):
+        assert (tmp_path / "run" / name).is_file()
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").steps == 2
+
+
+def test_the_result_answers(recipe, tmp_path, pictures):
+    import visualrwkv
+
+    training.run(recipe(), ["steps=1", "precision=bf16", "gradient_checkpointing=true", "l2_wrap=true"])
+    answer = visualrwkv.load(tmp_path / "run").ask(pictures[0], "What", max_new_tokens=3)
+    assert isinstance(answer, str)
+
+
+def test_frozen_layers_and_parts_stay(recipe, tmp_path, random_folder):
+    training.run(recipe(), ["steps=2", "freeze_layers=[0, 2]", "train.projector=0", "train.vision=1e-3"])
+    names = changed(weights(random_folder), weights(tmp_path / "run"))
+    assert any(name.startswith("rwkv.blocks.1.") for name in names) and any(name.startswith("vit.") for name in names)
+    assert not any(name.startswith(("rwkv.blocks.0.", "rwkv.blocks.2.", "proj.")) for name in names)
+    with pytest.raises(InputError, match="freeze_layers: 3"):
+        training.run(recipe("other"), ["freeze_layers=[3]"])
+
+
+def test_weight_decay_is_for_matrices(vlm):
+    groups = engine.parameter_groups(
+        vlm.model.named_parameters(), lambda name: name.split(".")[0], {"rwkv": 1e-3, "vit": 2e-3}, 0.1
+    )
+    try:
+        by_id = {id(p): group for group in groups for p in group["params"]}
+        parameters = dict(vlm.model.named_parameters())
+        decay = {name: by_id[id(p)]["weight_decay"] for name, p in parameters.items() if id(p) in by_id}
+        for name in ("blocks.0.att.key.weight", "emb.weight", "blocks.1.att.time_maa_w2", "blocks.1.att.time_decay_w1"):
+            assert decay[f"rwkv.{name}"] == 0.1
+        for name in ("att.time_maa_x", "att.time_decay", "att.time_faaaa", "att.ln_x.weight", "ln1.bias"):
+            assert decay[f"rwkv.blocks.0.{name}"] == 0
+        assert decay["vit.visual.positional_embedding"] == 0 and decay["vit.visual.conv1.weight"] == 0.1
+        assert {group["part"]: group["lr"] for group in groups} == {"rwkv": 1e-3, "vit": 2e-3}
+        assert not parameters["proj.weight"].requires_grad
+    finally:
+        vlm.model.requires_grad_(True)
+
+
+def test_rates_warm_up_and_follow_a_cosine():
+    share = engine.RateSchedule(4, 104, 0.1)
+    assert [share(step) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert share(54) == pytest.approx(0.55) and share(104) == pytest.approx(0.1) and share(500) == pytest.approx(0.1)
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(vlm):
+    dataset = ScenesDataset(ScenesData(seed=2, turns=(1, 3), sides=(96, 110)), vlm.processor, 2000, 4)
+    items = [dataset[i] for i in range(4)]
+    model = vlm.model.train()
+
+    def gradient(*batches):
+        model.zero_grad()
+        for batch in batches:
+            inputs = Collator()(batch)
+            inputs.pop("skipped")
+            (model(**inputs).loss / len(batches)).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    try:
+        whole, halves = gradient(items), gradient(items[:2], items[2:])
+    finally:
+        model.zero_grad()
+        model.eval()
+    for name, expected in whole.items():
+        scale = expected.abs().max().clamp(min=1e-8)
+        assert ((halves[name] - expected).abs().max() / scale) < 1e-4, name
+
+
+class SendSignal:
+    """Sends a signal to this process when sample `at` is drawn."""
+
+    def __init__(self, monkeypatch, at, number=signal.SIGINT):
+        original = ScenesDataset.__getitem__
+
+        def get(dataset, index):
+            if index == at:
+                os.kill(os.getpid(), number)
+            return original(dataset, index)
+
+        monkeypatch.setattr(ScenesDataset, "__getitem__", get)
+
+
+@pytest.mark.parametrize("options", [[], ["accumulate=2", "precision=bf16", "train.vision=1e-3"]])
+def test_an_interrupted_run_resumes_bitwise(recipe, tmp_path, monkeypatch, capsys, options):
+    options = ["steps=5", "save_every=100", "weight_decay=0.1", "warmup=2", *options]
+    assert training.run(recipe("whole"), options) == 0
+    per_step = 4 if "accumulate=2" in options else 2
+    with monkeypatch.context() as patch:
+        SendSignal(patch, at=2 * per_step)  # while the third step's samples are drawn
+        assert training.run(recipe("parts"), options) == 130
+    line = next(line for line in capsys.readouterr().err.splitlines() if "stopped at step" in line)
+    assert "of 5; the same command resumes from" in line
+    assert not (tmp_path / "parts" / "model.safetensors").exists()
+    assert training.run(recipe("parts"), options) == 0
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert not changed(whole, parts)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5]
+
+
+def test_signals_get_their_handlers_back(recipe):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    training.run(recipe(), ["steps=1"])
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_worker_processes_deliver_the_same_samples(recipe, tmp_path):
+    training.run(recipe("alone"), ["steps=2"])
+    training.run(recipe("worker"), ["steps=2", "workers=2"])
+    assert not changed(weights(tmp_path / "alone"), weights(tmp_path / "worker"))
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(recipe, tmp_path, monkeypatch):
+    original, calls = torch.save, []
+
+    def save(content, path, *args, **kwargs):
+        calls.append(path)
+        if "checkpoint-4" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(content, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        with pytest.raises(InputError) as error:
+            training.run(recipe())
+    assert "No space left on device" in str(error.value) and "checkpoint-2" in str(error.value)
+    assert not (tmp_path / "run" / "checkpoint-4").exists()
+    assert training.run(recipe()) == 0
+
+
+def test_only_complete_checkpoints_count(tmp_path):
+    from visualrwkv.runs import newest_checkpoint
+
+    assert newest_checkpoint(tmp_path) is None
+    for step, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"global_st'), (14, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "optimizer.pt").write_bytes(b"")
+        if state:
+            (folder / "trainer_state.json").write_text(state)
+    assert newest_checkpoint(tmp_path).name == "checkpoint-10"
+
+
+def test_resume_can_be_refused_or_named(recipe, tmp_path):
+    training.run(recipe(), ["steps=2"])
+    with pytest.raises(InputError, match="holds checkpoint-2 of an earlier run"):
+        training.run(recipe(), ["steps=4", "resume=none"])
+    with pytest.raises(InputError, match="no checkpoint to resume from"):
+        training.run(recipe(), [f"resume={tmp_path / 'nothing'}"])
+    assert training.run(recipe(), ["steps=3", f"resume={tmp_path / 'run' / 'checkpoint-2'}"]) == 0
+
+
+@pytest.fixture
+def own_data(recipe, tmp_path, pictures):
+    """A recipe over a JSON file with a good picture, a broken one and no picture."""
+    pictures[0].save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    turns = [{"from": "human", "value": "<image>\nWhat"}, {"from": "gpt", "value": "red"}]
+    samples = [
+        {"id": "one", "image": "good.png", "conversations": turns},
+        {"id": "two", "image": "bad.png", "conversations": turns},
+        {"id": "three", "conversations": [{**turns[0], "value": "What"}, turns[1]]},
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(samples))
+    scenes = BASE[BASE.index("data:") : BASE.index("train:")]
+    text = BASE.replace(scenes, f"data: {{{{json: {tmp_path}/data.json, images: {tmp_path}}}}}\n")
+    return recipe(text=text.replace("batch_size: 2", "batch_size: 1").replace("steps: 4", "epochs: 2"))
+
+
+def test_own_data_with_a_broken_picture(own_data, capsys):
+    assert training.run(own_data) == 0
+    err = capsys.readouterr().err
+    assert err.count("skipped sample 1 (id two): ") == 1 and "bad.png" in err
+    assert "1 samples could not be used and were skipped" in err
+    assert "instruction: 6 steps" in err
+
+
+def test_two_processes_one_of_them_without_a_picture(own_data, tmp_path):
+    """Text-only batches and the tower's unused norm must not stall the reduction of the gradients."""
+    code = "import sys; from visualrwkv.training import run; sys.exit(run(sys.argv[1], sys.argv[2:]))"
+    script = tmp_path / "run.py"
+    script.write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    options = ["train.vision=1e-3", "save_every=100"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(training.__file__).parents[1])}
+    done = subprocess.run(
+        [*command, str(own_data), *options], capture_output=True, text=True, timeout=600, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "instruction: 3 steps" in done.stderr and (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_questions_are_asked_while_training(recipe, tmp_path):
+    training.run(recipe(), ["steps=2", "eval.every=2", "eval.pictures=2", "eval.objects=[1, 2]"])
+    entries = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    result = next(entry["eval"] for entry in entries if "eval" in entry)
+    assert "short" in result and "describe" in result and all(0 <= share <= 1 for share in result.values())
+
+
+def test_training_without_accelerate_names_the_extra(recipe, monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'visualrwkv\[train\]'"):
+        training.run(recipe())
+
+
+CONTRASTIVE = """
+stage: contrastive
+output: {output}
+model:
+  new:
+    embed_dim: 32
+    vision: {{image_size: 32, layers: 1, width: 64, head_width: 32, patch_size: 16}}
+    text: {{context_length: 40, width: 32, heads: 2, layers: 1}}
+    vocabulary: {model}
+    image: {{mode: squash, image_mean: [0.5, 0.5, 0.5], image_std: [0.5, 0.5, 0.5]}}
+data: {{scenes: {{objects: [1, 2], sides: [96, 110], families: 2, family: 3}}}}
+train: {{vision: 1.0e-3, text: 1.0e-3}}
+steps: 3
+workers: 0
+save_every: 2
+log_every: 1
+eval: {{every: 3, pictures: 6}}
+"""
+
+
+def test_the_contrastive_stage_makes_a_tower_for_new_models(recipe, tmp_path):
+    assert training.run(recipe("clip", CONTRASTIVE)) == 0
+    folder = tmp_path / "clip"
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert {"caption among 6", "caption in family"} == set(entries[2]["eval"]) or "eval" in entries[-1]
+    text = BASE.replace(
+        "{{from: {model}}}",
+        "{{new: {{vision: " + str(folder) + ", vocabulary: {model}, projector: mlp, "
+        "language: {{hidden_size: 64, num_hidden_layers: 2, head_size: 32, time_mix_rank: 8, decay_rank: 8}}}}}}",
+    )
+    model, processor = build_model(load_recipe(recipe("new", text)))
+    tower = weights(folder)
+    assert set(tower) == set(model.vit.state_dict())
+    assert all(torch.equal(value, tower[name]) for name, value in model.vit.state_dict().items())
+    assert processor.image_processor.mode == "squash" and processor.num_image_tokens == 5
+    assert training.run(recipe("new", text), ["steps=1"]) == 0
+
+
+def test_the_contrastive_stage_resumes_bitwise(recipe, tmp_path):
+    options = ["eval.every=0", "save_every=1", "keep=5"]
+    training.run(recipe("whole", CONTRASTIVE), options)
+    training.run(recipe("parts", CONTRASTIVE), options)
+    first = tmp_path / "parts" / "checkpoint-1"
+    training.run(recipe("again", CONTRASTIVE), [*options, f"resume={first}"])
+    assert not changed(weights(tmp_path / "whole"), weights(tmp_path / "again"))
+
+
+def test_families_share_a_picture_but_for_one_thing(vlm):
+    from visualrwkv.contrastive import CaptionFamilies, collate_families
+
+    scenes = ScenesData(objects=(2, 3), sides=(96, 110), family=4)
+    families = CaptionFamilies(scenes, vlm.processor.tokenizer, vlm.processor.image_processor, 200, 10)
+    scenes_of, captions = families.family(3)
+    assert len(scenes_of) == len(set(captions)) == 4
+    batch = collate_families([families[0], families[1]])
+    assert batch["pixel_values"].shape == (8, 3, 32, 32)
+    end = vlm.processor.tokenizer.image_token_id
+    assert (batch["texts"] == end).sum(1).tolist() == [1] * 8 and batch["texts"].argmax(1).max() == batch[
+        "texts"
+    ].shape[1] - 1
+
+
+def test_scoring_of_replies():
+    from visualrwkv.scenes.accuracy import is_right
+
+    assert is_right("colour", "red", " Red.") and not is_right("colour", "red", "dark red")
+    truth = "The image shows, from left to right, a small red circle, a large blue star and a sign with the number 7."
+    other = "The image shows, from left to right, a large blue star, a small red circle and a sign with the number 7."
+    assert is_right("describe", truth, truth) and is_right("describe", truth, other)
+    assert not is_right("describe", truth, truth.replace("blue", "green"))
+    assert not is_right("describe", truth, truth.replace(", a large blue star", ""))
+    assert is_right(
+        "describe",
+        "图中从左到右有一个小的红色圆形和一个写着7的牌子。",
+        "图中从左到右有一个写着7的牌子和一个小的红色圆形。",
+    )
+
+
+def test_accuracy_is_counted_by_kind(vlm, random_folder, capsys):
+    from visualrwkv.scenes.accuracy import main
+
+    assert main([str(random_folder), "--pictures", "2", "--json", "--blind"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["blind"] and result["counts"]["describe"][1] == 2 and "short" in result["shares"]
+    assert main([str(random_folder), "--pictures", "0"]) == 2

@@ -1,0 +1,227 @@
+"""The command line. Every command imports what it needs when it runs, so that --help and wrong calls answer at once.
+
+Exit codes: 0, 2 for unusable input or a wrong call (one line on stderr), 130 after Ctrl-C, 141 when the reader of our
+output has gone.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+
+from visualrwkv import __version__
+from visualrwkv.errors import InputError
+from visualrwkv.prompt import POSITIONS
+
+CHAT_HELP = "/image PATH shows a picture with the next question; /save FILE; /reset; /quit"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong call on one line."""
+
+    def error(self, message):
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    # An answer is wanted, not a log: transformers reads this when it is first imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        arguments = build_parser().parse_args(argv)
+        code = arguments.run(arguments)
+        sys.stdout.flush()
+        return code or 0
+    except InputError as error:
+        return _fail(error)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Python flushes stdout once more on exit, which would complain about the same pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        return _fail("out of memory; use a smaller model, picture count or batch, or a device with more memory")
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else error)
+
+
+def _fail(error):
+    print("visualrwkv: error: " + " ".join(str(error).split()), file=sys.stderr)
+    return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; `run` of the parsed arguments is the function to call."""
+    parser = _Parser(prog="visualrwkv", description="Questions about pictures, answered by a recurrent language model.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    ask = _command(commands, "ask", run_ask, "answer one question about a picture")
+    ask.add_argument("image", metavar="IMAGE", help="picture file")
+    ask.add_argument("question", metavar="QUESTION")
+    _model_options(ask)
+    ask.add_argument("--json", action="store_true", help="print one JSON object instead of the bare answer")
+
+    chat = _command(commands, "chat", run_chat, f"a conversation in the terminal: {CHAT_HELP}")
+    chat.add_argument("image", metavar="IMAGE", nargs="?", help="picture file, shown with the first question")
+    _model_options(chat)
+    chat.add_argument("--resume", metavar="FILE", help="continue a conversation written by /save")
+
+    scenes = _command(commands, "scenes", run_scenes, "write drawn scenes with questions and answers")
+    scenes.add_argument("out", metavar="OUT", help="folder to write")
+    scenes.add_argument("--format", default="llava", choices=("llava", "vqav2", "scienceqa", "pope"))
+    scenes.add_argument("--pictures", metavar="N", type=int, default=100, help="number of pictures (default 100)")
+    scenes.add_argument("--seed", metavar="S", type=int, default=0, help="same seed, same scenes (default 0)")
+
+    train = _command(commands, "train", run_train, "run a training stage")
+    train.add_argument("config", metavar="CONFIG.yaml", help="recipe, for instance from configs/")
+    train.add_argument("overrides", metavar="key=value", nargs="*", help="fields of the recipe to change")
+
+    convert = _command(commands, "convert", run_convert, "turn a .pth checkpoint into a folder, or back")
+    convert.add_argument("source", metavar="SRC")
+    convert.add_argument("target", metavar="DST")
+
+    info = _command(commands, "info", run_info, "versions and devices; sizes and costs of a model")
+    info.add_argument("model", metavar="MODEL", nargs="?", help="folder, .pth file or Hub name")
+    return parser
+
+
+def _command(commands, name, run, text):
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _model_options(parser):
+    parser.add_argument("--model", metavar="M", help="folder, .pth file, owner/repo or owner/repo:file.pth")
+    parser.add_argument("--prompt", choices=POSITIONS, help="where the picture stands")
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=128, help="longest answer (default 128)")
+    parser.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0 (default): the likeliest token")
+    parser.add_argument("--top-p", metavar="P", type=float, default=1.0, help="probability to sample among")
+
+
+def _sampling(arguments):
+    return {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p")}
+
+
+def _load(arguments):
+    from visualrwkv.loading import load
+
+    return load(arguments.model, prompt=arguments.prompt)
+
+
+def run_ask(arguments):
+    """`visualrwkv ask`"""
+    from visualrwkv.image_processing import load_image
+    from visualrwkv.prompt import check_question
+
+    # what the user typed is looked at before the model is loaded
+    check_question(arguments.question)
+    image = load_image(arguments.image)
+    answer = _load(arguments).ask(image, arguments.question, **_sampling(arguments))
+    if arguments.json:
+        record = {"image": arguments.image, "question": arguments.question, "answer": answer, "model": arguments.model}
+        answer = json.dumps(record | _sampling(arguments), ensure_ascii=False)
+    print(answer)
+
+
+def run_chat(arguments):
+    """`visualrwkv chat`: one line is one turn; replies go to stdout as they are written, all else to stderr."""
+    from visualrwkv.image_processing import load_image
+
+    pictures = [load_image(arguments.image)] if arguments.image else []
+    vlm = _load(arguments)
+    session = vlm.chat.load(arguments.resume) if arguments.resume else vlm.chat()
+    terminal = sys.stdin.isatty()
+    failed = False
+    if terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  line editing in input()
+        print(CHAT_HELP, file=sys.stderr)
+    while (line := _next_line(terminal)) is not None:
+        command, _, rest = line.strip().partition(" ")
+        rest = rest.strip()
+        try:
+            if not command:
+                continue
+            if command == "/quit":
+                break
+            elif command == "/reset":
+                session.reset()
+                pictures = []
+            elif command == "/image":
+                pictures.append(load_image(rest))
+            elif command == "/save":
+                _save(session, rest)
+            elif command.startswith("/"):
+                raise InputError(f"{command} is not a command; {CHAT_HELP}")
+            else:
+                for piece in session.stream(line.strip(), pictures, **_sampling(arguments)):
+                    print(piece, end="", flush=True)
+                print(flush=True)
+                pictures = []
+        except InputError as error:  # one bad line does not end a conversation
+            failed = True
+            _fail(error)
+    return 2 if failed and not terminal else 0
+
+
+def _next_line(terminal):
+    """The next line of input, None at its end."""
+    if not terminal:
+        return sys.stdin.readline() or None
+    try:
+        return input("> ")
+    except EOFError:
+        print()
+        return None
+
+
+def _save(session, path):
+    if not path:
+        raise InputError("/save needs the name of a file to write")
+    try:
+        session.save(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def run_scenes(arguments):
+    """`visualrwkv scenes`"""
+    from visualrwkv.scenes.writers import write_scenes
+
+    write_scenes(arguments.out, format=arguments.format, pictures=arguments.pictures, seed=arguments.seed)
+
+
+def run_train(arguments):
+    """`visualrwkv train`"""
+    from visualrwkv import training
+
+    return training.run(arguments.config, arguments.overrides)
+
+
+def run_convert(arguments):
+    """`visualrwkv convert`"""
+    from visualrwkv import checkpoints
+
+    for path in checkpoints.convert(arguments.source, arguments.target):
+        print(path)
+
+
+def run_info(arguments):
+    """`visualrwkv info`"""
+    from visualrwkv.info import report
+    from visualrwkv.loading import load
+
+    print(report(load(arguments.model).model if arguments.model else None))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

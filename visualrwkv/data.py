@@ -1,0 +1,309 @@
+"""Training samples: LLaVA-format files and scenes drawn on the fly, both numbered from 0 to the end of the run.
+
+Every dataset here is one long numbered sequence: sample i depends on nothing but the seed and i, so several worker
+processes, a curriculum and an exact resume need no state. A dataset item is a dict with `input_ids` and `labels`
+(lists), `pixel_values` (n_images, 3, S, S) or None, and `skipped`: (name, reason) of samples that could not be used in
+its place.
+"""
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from visualrwkv.errors import InputError
+
+IGNORE = -100
+_PAD_MULTIPLE = 16  # the chunk length of the recurrence; other lengths would be padded inside every layer again
+_SCENE_TRIES = 1000
+
+
+class Collator:
+    """Pads a list of items on the right to a multiple of 16 positions.
+
+    Right padding needs no attention mask in training: the recurrence reads padding only after everything that counts.
+    """
+
+    def __call__(self, items):
+        """Returns input_ids, labels (B, T), pixel_values (n, 3, S, S) if there is any image, and skipped (a list)."""
+        length = max(len(item["input_ids"]) for item in items)
+        length = -(-length // _PAD_MULTIPLE) * _PAD_MULTIPLE
+        input_ids = torch.zeros(len(items), length, dtype=torch.long)
+        labels = torch.full((len(items), length), IGNORE, dtype=torch.long)
+        for row, item in enumerate(items):
+            input_ids[row, : len(item["input_ids"])] = torch.tensor(item["input_ids"])
+            labels[row, : len(item["labels"])] = torch.tensor(item["labels"])
+        batch = {"input_ids": input_ids, "labels": labels}
+        pixels = [item["pixel_values"] for item in items if item["pixel_values"] is not None]
+        if pixels:
+            batch["pixel_values"] = torch.cat(pixels)
+        batch["skipped"] = [entry for item in items for entry in item.get("skipped", ())]
+        return batch
+
+
+class JsonDataset(Dataset):
+    """A LLaVA-format file, shuffled anew in every pass; pictures are decoded when a sample is asked for.
+
+    A sample that cannot be used (a broken picture, no reply, a first turn beyond `max_length`) is replaced by the next
+    one of the same pass and reported in the item's `skipped`.
+
+    Args:
+        path: JSON list or JSON lines of {"id", "image" (a name or a list of names, optional), "conversations"}.
+        images: folder that picture names start from; the file's own folder by default.
+        processor: `VisualRWKVProcessor`.
+        max_length: longest sample in tokens; whole trailing turns are dropped to fit.
+        seed: of the order.
+        length: how many items; set by the stage, which knows the number of steps.
+    """
+
+    def __init__(self, path, images, processor, max_length, seed=0, length=None):
+        self.samples = read_llava(path)
+        self.folder = Path(images) if images else Path(path).parent
+        if not self.folder.is_dir():
+            raise InputError(f"{self.folder}: no such picture folder; data.images names it")
+        self.processor, self.max_length, self.seed = processor, max_length, seed
+        self.length = len(self.samples) if length is None else length
+        self._order = (None, None)  # the pass last asked for and its permutation
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        skipped = []
+        epoch, place = divmod(index, len(self.samples))
+        for attempt in range(len(self.samples)):
+            number = self._permutation(epoch)[(place + attempt) % len(self.samples)]
+            try:
+                return {**self.encode(self.samples[number]), "skipped": skipped}
+            except InputError as error:
+                skipped.append((_sample_name(self.samples[number], number), str(error)))
+        raise InputError(f"no sample can be used; the first one: {skipped[0][0]}: {skipped[0][1]}")
+
+    def _permutation(self, epoch):
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._order = (epoch, torch.randperm(len(self.samples), generator=generator).tolist())
+        return self._order[1]
+
+    def encode(self, sample):
+        """One sample of the file as an item.
+
+        Raises:
+            InputError: why the sample cannot be used.
+        """
+        from visualrwkv.image_processing import load_image
+        from visualrwkv.prompt import turns_from_llava
+
+        names = sample.get("image") or []
+        names = [names] if isinstance(names, str) else names
+        turns = turns_from_llava(sample["conversations"], len(names))
+        shown = sum(turn.images for turn in turns)
+        if shown not in (0, len(names)):  # without any marker the pictures are left out, as in the public code
+            told = f"its turns show {shown} images, but 'image' names {len(names)}"
+            raise InputError(f"{told}; write one <image> for each")
+        item = encode_sample(self.processor, turns, self.max_length)
+        pictures = [load_image(self.folder / name) for name in names[: item["images"]]]
+        item["pixel_values"] = pixels(self.processor.image_processor, pictures) if pictures else None
+        return item
+
+
+def read_llava(path):
+    """The samples of a LLaVA-format file, each checked for its form (not for its pictures).
+
+    Raises:
+        InputError: naming the file, the sample and what is wrong with it.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); data.json names a LLaVA-format file") from error
+    try:
+        lines = path.suffix == ".jsonl"
+        samples = [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(samples, list) or not samples:
+        raise InputError(f"{path}: expected a list of samples, found {type(samples).__name__} without any")
+    for number, sample in enumerate(samples):
+        complaint = _complaint(sample)
+        if complaint:
+            raise InputError(f"{path}: {_sample_name(sample, number)}: {complaint}")
+    return samples
+
+
+def _sample_name(sample, number):
+    label = sample.get("id") if isinstance(sample, dict) else None
+    return f"sample {number}" + (f" (id {label})" if label is not None else "")
+
+
+def _complaint(sample):
+    """What is wrong with the form of a sample, or None."""
+    if not isinstance(sample, dict):
+        return f"expected a mapping, found {type(sample).__name__}"
+    image = sample.get("image")
+    names = [image] if isinstance(image, str) else image or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return f"'image' is {image!r}, expected a file name or a list of them"
+    turns = sample.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        return "'conversations' is missing or empty"
+    for position, turn in enumerate(turns):
+        if (
+            not isinstance(turn, dict)
+            or turn.get("from") not in ("human", "gpt")
+            or not isinstance(turn.get("value"), str)
+        ):
+            return (
+                f'conversations[{position}] is {str(turn)[:80]}, expected {{"from": "human" or "gpt", "value": text}}'
+            )
+    return None
+
+
+def encode_sample(processor, turns, max_length):
+    """Token ids and labels of a conversation that fits `max_length`: whole trailing turns are dropped, nothing is cut.
+
+    Raises:
+        InputError: nothing to learn from is left.
+    """
+    turns = list(turns)
+    while turns:
+        input_ids, labels = processor.encode_turns(turns, open_reply=False)
+        if len(input_ids) <= max_length:
+            break
+        if sum(turn.role == "assistant" for turn in turns) <= 1:
+            raise InputError(f"its first turns have {len(input_ids)} tokens, more than data.max_length {max_length}")
+        turns.pop()
+        while turns[-1].role != "assistant":
+            turns.pop()
+    if not turns or all(label == IGNORE for label in labels):
+        raise InputError("it holds no reply to learn from")
+    return {"input_ids": input_ids, "labels": labels, "images": sum(turn.images for turn in turns)}
+
+
+def pixels(image_processor, pictures):
+    """PIL pictures -> float32 (n, 3, S, S)."""
+    return image_processor(pictures, return_tensors="pt")["pixel_values"]
+
+
+class Curriculum:
+    """Which fields of the scenes recipe hold for sample number i.
+
+    Args:
+        scenes: `recipe.ScenesData`.
+        length: samples of the whole run, for ends that are given as fractions.
+    """
+
+    FIELDS = ("objects", "kinds", "turns", "sign_probability", "zoom")
+
+    def __init__(self, scenes, length):
+        self.base = {name: getattr(scenes, name) for name in self.FIELDS}
+        self.ends = [s.until * length if s.until <= 1 else s.until for s in scenes.curriculum]
+        self.stretches = [
+            {**self.base, **{name: value for name in self.FIELDS if (value := getattr(s, name)) is not None}}
+            for s in scenes.curriculum
+        ]
+
+    def __call__(self, index):
+        for end, stretch in zip(self.ends, self.stretches, strict=True):
+            if index < end:
+                return stretch
+        return self.base
+
+
+class ScenesDataset(Dataset):
+    """Conversations about drawn scenes.
+
+    Args:
+        scenes: `recipe.ScenesData`.
+        processor: `VisualRWKVProcessor`.
+        max_length: longest sample in tokens.
+        length: samples of the whole run.
+    """
+
+    def __init__(self, scenes, processor, max_length, length):
+        self.scenes, self.processor, self.max_length, self.length = scenes, processor, max_length, length
+        self.curriculum = Curriculum(scenes, length)
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        from visualrwkv.scenes.drawing import draw
+
+        scene, turns = self.conversation(index)
+        item = encode_sample(self.processor, turns, self.max_length)
+        if not item["images"]:
+            return {**item, "pixel_values": None}
+        picture, zoom = draw(scene), self.curriculum(index)["zoom"]
+        if zoom and len(scene.objects) == 1:
+            picture = cut_out(picture, scene.objects[0].box, zoom, random.Random(f"{self.scenes.seed} zoom {index}"))
+        return {**item, "pixel_values": pixels(self.processor.image_processor, [picture])}
+
+    def conversation(self, index):
+        """The scene of sample `index` and the turns about it.
+
+        Some scenes have no question of a wanted kind (nothing to read without a sign, no neighbours of a single
+        object): then the next scene of the same random stream is taken.
+        """
+        from visualrwkv.prompt import Turn
+        from visualrwkv.scenes.questions import KIND_WEIGHTS, conversation
+        from visualrwkv.scenes.world import scene_rng
+
+        scenes, settings = self.scenes, self.curriculum(index)
+        rng = scene_rng(scenes.seed, "train", index)
+        languages = {"en": 1 - scenes.chinese, "zh": scenes.chinese}
+        for _ in range(_SCENE_TRIES):
+            scene = sample(rng, scenes, settings, "train")
+            questions = conversation(
+                scene,
+                rng,
+                rng.randint(*settings["turns"]),
+                kinds=settings["kinds"] or KIND_WEIGHTS,
+                languages=languages,
+                vary=scenes.vary,
+                short_line=scenes.short_line,
+            )
+            if questions:
+                break
+        else:
+            raise InputError(
+                f"data.scenes: {_SCENE_TRIES} scenes in a row allow no question of the kinds {settings['kinds']}"
+            )
+        turns = []
+        for question in questions:
+            image = int(not turns and not scenes.text_only)
+            turns += [Turn("user", question.text, image), Turn("assistant", question.answer)]
+        return scene, turns
+
+
+def cut_out(picture, box, zoom, rng):
+    """The part of a picture around an object, between `zoom[0]` and `zoom[1]` times its box, the object anywhere in it.
+
+    A recurrent model has to learn first that most patches are background. Where an object fills the picture there is
+    nothing to be learnt to ignore, and its colour and shape are found within minutes.
+    """
+    side = max(box[2] - box[0], box[3] - box[1]) * rng.uniform(*zoom)
+    edges = []
+    for low, high, end in ((box[0], box[2], picture.width), (box[1], box[3], picture.height)):
+        length = min(side, end)
+        start = rng.uniform(max(0, high - length), min(low, end - length))
+        edges.append((round(start), round(start + length)))
+    (left, right), (top, bottom) = edges
+    return picture.crop((left, top, right, bottom))
+
+
+def sample(rng, scenes, settings, split):
+    """A scene of one stretch of the curriculum, from the lists of objects that belong to the split."""
+    from visualrwkv.scenes.world import sample_scene
+
+    return sample_scene(
+        rng,
+        min_objects=settings["objects"][0],
+        max_objects=settings["objects"][1],
+        sides=scenes.sides,
+        sign_probability=settings["sign_probability"],
+        split=split,
+    )

@@ -1,0 +1,334 @@
+"""What all training stages share: transformers' Trainer with our parameter groups, data order, resume and interruption.
+
+The Trainer's habits that cost time or exactness are switched off here: one pass over one numbered sequence of samples
+(no epoch ends), no per-step NaN tests or FLOP counts, autocast around the loss alone (accelerate's would copy all
+logits to float32), parameters grouped by part of the model.
+"""
+
+import contextlib
+import json
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from visualrwkv.errors import InputError
+from visualrwkv.loading import quiet_transformers
+from visualrwkv.recipe import save_recipe
+from visualrwkv.runs import (
+    is_main_process,
+    newest_checkpoint,
+    pictures_per_step,
+    resume_from,
+    samples_per_forward,
+    world_size,
+    writing,
+)
+
+# arrays of one number per channel, whatever shape they are stored in: weight decay is not for them
+_VECTORS = ("time_faaaa", "time_decay", "pos_embed", "positional_embedding", "class_embedding", "cls_token")
+
+
+class StageTrainer(Trainer):
+    """The Trainer of every stage.
+
+    Args:
+        recipe: `recipe.Recipe`.
+        groups: parameter groups of `parameter_groups`.
+    """
+
+    def __init__(self, recipe, groups, **kwargs):
+        super().__init__(**kwargs)
+        self.recipe, self.groups = recipe, groups
+        self.skipped = {}  # name of a sample that could not be used -> why
+
+    def get_train_dataloader(self):
+        """The samples in the order of their numbers: shuffling and curriculum are in the dataset, and a resumed run
+        goes on at the right number without drawing what it skips."""
+        workers = self.recipe.workers
+        loader = torch.utils.data.DataLoader(
+            self.train_dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            collate_fn=self.data_collator,
+            drop_last=True,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            prefetch_factor=4 if workers else None,
+            worker_init_fn=_start_worker,
+            pin_memory=self.args.device.type == "cuda",
+        )
+        return self.accelerator.prepare(loader)
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            fused = all(p.device.type in ("cpu", "cuda") for group in self.groups for p in group["params"])
+            self.optimizer = torch.optim.AdamW(self.groups, betas=self.recipe.betas, eps=1e-8, fused=fused)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        if self.lr_scheduler is None:
+            optimizer = self.optimizer if optimizer is None else optimizer
+            share = RateSchedule(self.recipe.warmup, num_training_steps, self.recipe.final_rate)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def autocast_smart_context_manager(self, cache_enabled=True):
+        if self.recipe.precision == "bf16":
+            return torch.autocast(self.args.device.type, torch.bfloat16, cache_enabled=cache_enabled)
+        return contextlib.nullcontext()
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        for name, reason in inputs.pop("skipped", ()):
+            if name not in self.skipped:
+                self.skipped[name] = reason
+                print(f"skipped {name}: {reason}", file=sys.stderr)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = outputs["loss"]
+        if self.args.world_size > 1:
+            loss = loss + self._touch_image_path()
+        return (loss, outputs) if return_outputs else loss
+
+    def _touch_image_path(self):
+        """0, computed from every parameter of tower and projector: those without a gradient (all of them where a
+        process's batch has no picture; the tower's final norm always) would stall the reduction between processes."""
+        parameters = self.accelerator.unwrap_model(self.model).named_parameters()
+        outside = (p for name, p in parameters if p.requires_grad and not name.startswith("rwkv."))
+        return sum(0 * p.flatten()[0] for p in outside)
+
+    def floating_point_ops(self, inputs):
+        return 0
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with writing(folder, self.args.output_dir):
+            super()._save_checkpoint(model, trial)
+
+
+def _start_worker(worker):
+    """Ctrl-C and job schedulers reach all processes of a group; only the main one may answer, the others must go on
+    delivering until it has written its checkpoint (they end with it)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class RateSchedule:
+    """Share of the highest learning rate at a step: a linear warm-up, then a cosine down to `final`."""
+
+    def __init__(self, warmup, steps, final):
+        self.warmup, self.steps, self.final = warmup, steps, final
+
+    def __call__(self, step):
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        progress = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Progress(TrainerCallback):
+    """A bar on stderr, and one JSON line in log.jsonl for every logged step."""
+
+    def __init__(self, recipe, evaluate=None):
+        self.recipe, self.evaluate, self.bar = recipe, evaluate, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        from tqdm import tqdm
+
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.recipe.stage,
+            unit="step",
+            dynamic_ncols=True,
+            file=sys.stderr,
+            disable=not state.is_world_process_zero,
+        )
+        self.since, self.last_step = time.perf_counter(), state.global_step
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.bar.update(1)
+        every = self.recipe.eval.every
+        if self.evaluate and every and (state.global_step % every == 0 or state.global_step == state.max_steps):
+            before = time.perf_counter()
+            if state.is_world_process_zero:
+                result = self.evaluate()
+                self._write(args, {"step": state.global_step, "eval": result})
+                line = ", ".join(f"{name} {value:.3g}" for name, value in result.items())
+                self.bar.write(f"step {state.global_step}: {line}", file=sys.stderr)
+            self.since += time.perf_counter() - before  # samples/s speaks of training alone
+
+    def on_log(self, args, state, control, logs=None, optimizer=None, **kwargs):
+        if "loss" not in logs or not state.is_world_process_zero:
+            return
+        steps, now = state.global_step - self.last_step, time.perf_counter()
+        samples = steps * pictures_per_step(self.recipe)
+        entry = {
+            "step": state.global_step,
+            "loss": logs["loss"],
+            "grad_norm": logs.get("grad_norm"),
+            "lr": {group["part"]: group["lr"] for group in optimizer.param_groups},
+            "samples_per_s": round(samples / (now - self.since), 2),
+        }
+        self.since, self.last_step = now, state.global_step
+        self.bar.set_postfix(loss=f"{entry['loss']:.4f}", per_s=entry["samples_per_s"], refresh=False)
+        self._write(args, entry)
+
+    def close(self):
+        """Ends the bar's line, so that what follows on stderr starts a new one."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def _write(self, args, entry):
+        with writing(None, args.output_dir), open(Path(args.output_dir) / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+class Interruption(TrainerCallback):
+    """Turns SIGINT and SIGTERM into a checkpoint and an orderly end; a second SIGINT stops at once.
+
+    `signal` is the number of the signal that came, or None.
+    """
+
+    def __init__(self):
+        self.signal, self._former = None, {}
+
+    def __enter__(self):
+        with contextlib.suppress(ValueError):  # signals belong to the main thread; elsewhere they stay as they are
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._former[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        self.signal = number
+        signal.signal(number, self._former[number])
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:  # all processes stop at the same step, whichever of them the signal reached first
+            number = torch.tensor(self.signal or 0, device=args.device)
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+            self.signal = int(number) or None
+        if self.signal is not None:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+def parameter_groups(named_parameters, part_of, rates, weight_decay):
+    """Marks what learns and groups it: one group for the matrices and one for the vectors of each part.
+
+    Args:
+        named_parameters: (name, parameter) pairs; `requires_grad` is set on each.
+        part_of: name -> part, or None for what never learns.
+        rates: part -> highest learning rate; 0 or missing is frozen.
+
+    Returns:
+        Groups for AdamW, each with its `part`.
+    """
+    groups = {}
+    for name, parameter in named_parameters:
+        rate = rates.get(part_of(name), 0.0)
+        parameter.requires_grad_(rate > 0)
+        if rate > 0:
+            decay = weight_decay if is_matrix(name, parameter) else 0.0
+            key = (part_of(name), decay > 0)
+            group = {"params": [], "lr": rate, "weight_decay": decay, "part": part_of(name)}
+            groups.setdefault(key, group)["params"].append(parameter)
+    if not groups:
+        raise InputError(f"train: {rates} leaves no parameter that learns")
+    return list(groups.values())
+
+
+def is_matrix(name, parameter):
+    """Whether weight decay may shrink it: two dimensions above 1 ((1, 1, C) is a vector), and no list of vectors."""
+    return sum(size > 1 for size in parameter.shape) >= 2 and not name.endswith(_VECTORS)
+
+
+def train(recipe, model, dataset, collator, groups, steps, processor=None, evaluate=None):
+    """Runs the stage from its beginning or its newest checkpoint.
+
+    Returns:
+        0 when it ran to its end, 128 + the signal's number when it was interrupted (a checkpoint was written).
+    """
+    output = Path(recipe.output)
+    resume = resume_from(recipe)
+    interruption, progress = Interruption(), Progress(recipe, evaluate)
+    if is_main_process():
+        with writing(None, output):
+            output.mkdir(parents=True, exist_ok=True)
+            save_recipe(recipe, output / "recipe.yaml")
+    trainer = StageTrainer(
+        recipe,
+        groups,
+        model=model,
+        args=_arguments(recipe, steps),
+        train_dataset=dataset,
+        data_collator=collator,
+        processing_class=processor,
+        callbacks=[progress, interruption],
+    )
+    _drop_printer(trainer)
+    with interruption, quiet_transformers():
+        try:
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        except RuntimeError as error:
+            if resume and "size mismatch" in str(error):
+                raise InputError(
+                    f"{resume}: the checkpoint is of another model; choose another output or resume=none"
+                ) from error
+            raise
+        finally:
+            progress.close()
+    if trainer.skipped:
+        print(f"{len(trainer.skipped)} samples could not be used and were skipped", file=sys.stderr)
+    if interruption.signal is not None and trainer.state.global_step < steps:
+        kept = newest_checkpoint(output)
+        print(
+            f"stopped at step {trainer.state.global_step} of {steps}; the same command resumes from {kept}",
+            file=sys.stderr,
+        )
+        return 128 + interruption.signal
+    return 0
+
+
+def _arguments(recipe, steps):
+    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    args = TrainingArguments(
+        output_dir=str(recipe.output),
+        max_steps=steps,
+        per_device_train_batch_size=samples_per_forward(recipe),
+        gradient_accumulation_steps=recipe.accumulate,
+        max_grad_norm=recipe.clip,
+        logging_steps=recipe.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=recipe.save_every,
+        save_total_limit=recipe.keep,
+        seed=recipe.seed,
+        dataloader_drop_last=True,
+        ddp_find_unused_parameters=False,
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and world_size() > 1 else None,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # several GPUs are for several processes (torchrun), not for DataParallel
+    return args
+
+
+def _drop_printer(trainer):
+    """Without the Trainer's own bar it prints every log entry on stdout, where nothing but results belongs."""
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)

@@ -1,0 +1,373 @@
+"""Training recipes: a YAML file read into checked dataclasses.
+
+Every field below is a key of the YAML file. Keys can be overridden on the command line as `key=value`, nested ones with
+dots (`train.language=3e-4`, `data.scenes.curriculum.0.until=0.2`); the value is read as YAML. An unknown key is refused
+and the known ones of its level are listed, so that a misspelt key never silently does nothing.
+"""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from visualrwkv.errors import InputError
+
+STAGES = ("contrastive", "projector", "instruction")
+PARTS = {
+    "contrastive": ("vision", "text"),
+    "projector": ("projector",),
+    "instruction": ("projector", "language", "vision"),
+}
+
+
+@dataclass
+class NewModel:
+    """A model made from scratch with random weights."""
+
+    vision: dict | str | None = (
+        None  # open_clip tower as in the model's vision_config, or a folder of the contrastive stage
+    )
+    language: dict = field(
+        default_factory=dict
+    )  # sizes as in the model's language_config; the vocabulary sets vocab_size
+    text: dict | None = None  # contrastive stage: text_cfg of open_clip; the vocabulary sets vocab_size
+    embed_dim: int = 256  # contrastive stage: width of the space that pictures and captions share
+    projector: str = "linear"  # these four as in the model's config
+    scan: str = "bi"
+    prompt: str = "sandwich"
+    grid_size: int = -1
+    vocabulary: str = "world"  # "world", "scenes" (the tokens that drawn scenes need) or a folder with rwkv_vocab.txt
+    vocabulary_size: int = 4096  # at most so many tokens with "scenes"
+    image: dict = field(default_factory=dict)  # options of the image processor; the tower sets the size
+
+
+@dataclass
+class ModelRecipe:
+    """Where the weights come from: exactly one of `from` and `new`."""
+
+    from_: str | None = None  # folder, .pth file or Hub name of a model; a bare RWKV file gets the tower of `vision`
+    vision: dict | str | None = None  # only with a bare RWKV file: the new tower, as in `new.vision`
+    new: NewModel | None = None
+
+
+@dataclass
+class Stretch:
+    """One stretch of a curriculum; what is not given is taken from the dataset's own fields."""
+
+    until: float = 1.0  # where it ends: a fraction of all samples up to 1, otherwise a number of samples
+    objects: tuple[int, int] | None = None
+    kinds: dict[str, float] | None = None
+    turns: tuple[int, int] | None = None
+    sign_probability: float | None = None
+    zoom: tuple[float, float] | None = None
+
+
+@dataclass
+class ScenesData:
+    """Samples drawn on the fly; sample number i is the same in every run with the same seed."""
+
+    seed: int = 0
+    objects: tuple[int, int] = (1, 6)  # fewest and most objects in a picture
+    kinds: dict[str, float] | None = None  # how often each kind of question comes; None is all kinds alike
+    turns: tuple[int, int] = (1, 3)  # questions about one picture; a description is always alone
+    sides: tuple[int, int] = (96, 512)  # shortest and longest side of a picture in px
+    sign_probability: float = 0.35
+    zoom: tuple[float, float] | None = None  # of a single object show a cut-out, so many times its box
+    chinese: float = 0.25  # share of Chinese questions
+    vary: float = 0.5  # share of questions in another wording than the usual one
+    short_line: float = 0.5  # share of short English questions with the line that asks for a word or phrase
+    text_only: bool = False  # leave the pictures out: the language of the world without its pictures
+    families: int = 16  # contrastive stage: families of near-duplicate scenes in a batch ...
+    family: int = 8  # ... and scenes in a family
+    curriculum: list[Stretch] = field(default_factory=list)
+
+
+@dataclass
+class DataRecipe:
+    """What is learnt from: exactly one of `json` and `scenes`."""
+
+    json: str | None = None  # LLaVA-format file: a JSON list, or one JSON object a line (.jsonl)
+    images: str | None = None  # folder that the picture names of the file start from
+    max_length: int = 2048  # longest sample in tokens, image features included
+    scenes: ScenesData | None = None
+
+
+@dataclass
+class EvalRecipe:
+    """Questions about held-out drawn scenes, asked while training."""
+
+    every: int = 0  # optimizer steps between two evaluations; 0 asks nothing
+    pictures: int = 64
+    seed: int = 1
+    batch_size: int = 32
+    objects: tuple[int, int] = (1, 6)
+
+
+@dataclass
+class Recipe:
+    """One training run. Rates, steps and batch sizes are per optimizer step and per process."""
+
+    stage: str
+    output: str  # folder for checkpoints, log.jsonl and the finished model
+    model: ModelRecipe
+    data: DataRecipe
+    train: dict[str, float]  # highest learning rate of each part; a part that is left out or 0 is frozen
+    steps: int | None = None  # optimizer steps; or
+    epochs: float | None = None  # passes over a JSON file
+    batch_size: int = 8  # samples in one forward pass; the contrastive stage has data.scenes.families x family instead
+    accumulate: int = 1  # forward passes in one optimizer step
+    warmup: int = 0  # steps in which the rates rise from 0
+    final_rate: float = 0.1  # the cosine ends at this share of the highest rates
+    weight_decay: float = 0.0  # matrices only
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip: float = 1.0  # largest norm of all gradients together; 0 does not clip
+    freeze_layers: list[int] = field(default_factory=list)  # language layers that do not learn, counted from 0
+    precision: str = "fp32"  # "fp32" or "bf16" (autocast over float32 weights)
+    gradient_checkpointing: bool = False
+    l2_wrap: bool = False  # pull the largest logit towards 0 as the public training code does
+    seed: int = 0
+    resume: str = "auto"  # "auto" (newest complete checkpoint in the output folder), "none" or a checkpoint folder
+    save_every: int = 500  # steps between two checkpoints; the last step is always saved
+    keep: int = 2  # checkpoints kept
+    log_every: int = 20
+    workers: int = 1  # processes that draw or decode pictures
+    eval: EvalRecipe = field(default_factory=EvalRecipe)
+
+
+def load_recipe(path, overrides=()):
+    """Reads a YAML file, applies `key=value` overrides and checks the whole.
+
+    Returns:
+        `Recipe`.
+
+    Raises:
+        InputError: naming the file, the key, the value and what is allowed.
+    """
+    import yaml
+
+    path = find_recipe(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path}: cannot be read ({error}); pass a YAML recipe such as configs/train/projector.yaml"
+        ) from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: a recipe is a mapping of keys to values, this file holds {type(raw).__name__}")
+    for override in overrides:
+        _override(raw, override, yaml)
+    recipe = _convert(raw, Recipe, str(path), "")
+    _validate(recipe, path)
+    return recipe
+
+
+def find_recipe(path):
+    """The file itself, or the one of that name among the recipes that are installed with the package."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    package = Path(__file__).resolve().parent
+    tail = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
+    if not path.is_absolute():
+        for folder in (package / "configs", package.parent / "configs"):
+            if (folder / tail).is_file():
+                return folder / tail
+    raise InputError(f"{path}: no such recipe; pass a YAML file such as configs/train/projector.yaml")
+
+
+def save_recipe(recipe, path):
+    """Writes the resolved recipe, every default filled in; `load_recipe` reads it back equal."""
+    import yaml
+
+    Path(path).write_text(yaml.safe_dump(_plain(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _key(dataclass_field):
+    """The YAML key of a field; `from_` stands for the reserved word `from`."""
+    return dataclass_field.name.rstrip("_")
+
+
+def _plain(value):
+    """Dataclasses and tuples as the mappings and lists that YAML knows."""
+    if dataclasses.is_dataclass(value):
+        return {_key(f): _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _override(raw, text, yaml):
+    """Sets one `dotted.key=value` in the nested mappings and lists of `raw`."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise InputError(f"{text!r}: an override is written key=value, for example steps=100 or train.language=3e-4")
+    try:
+        value = yaml.safe_load(value) if value else None
+    except yaml.YAMLError as error:
+        raise InputError(f"{text!r}: the value is not valid YAML") from error
+    *parents, last = key.split(".")
+    place = raw
+    for name in parents:
+        if isinstance(place, list):
+            place = place[_index(place, name, text)]
+        else:
+            if place.get(name) is None:
+                place[name] = {}
+            place = place[name]
+        if not isinstance(place, (dict, list)):
+            raise InputError(f"{text!r}: {name!r} is a single value and has no keys below it")
+    if isinstance(place, list):
+        last = _index(place, last, text)
+    place[last] = value
+
+
+def _index(items, name, text):
+    if not name.isdigit() or int(name) >= len(items):
+        raise InputError(f"{text!r}: {name!r} is no position in a list of {len(items)}, counted from 0")
+    return int(name)
+
+
+def _convert(value, hint, source, where):
+    """`value` as the type of `hint`; `where` is its dotted key, for messages."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        choices = [choice for choice in arguments if choice is not type(None)]
+        fitting = [c for c in choices if isinstance(value, typing.get_origin(c) or c)] if len(choices) > 1 else choices
+        if not fitting:
+            raise _wrong(value, " or ".join(_name(c) for c in choices), source, where)
+        return _convert(value, fitting[0], source, where)
+    if dataclasses.is_dataclass(hint):
+        return _convert_dataclass(value, hint, source, where)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise _wrong(value, "a mapping", source, where)
+        return {str(key): _convert(item, arguments[1], source, f"{where}.{key}") for key, item in value.items()}
+    if origin is list:
+        if not isinstance(value, (list, tuple)):
+            raise _wrong(value, "a list", source, where)
+        return [_convert(item, arguments[0], source, f"{where}.{i}") for i, item in enumerate(value)]
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)) or len(value) != len(arguments):
+            raise _wrong(value, f"a list of {len(arguments)} numbers", source, where)
+        return tuple(
+            _convert(v, a, source, f"{where}.{i}") for i, (v, a) in enumerate(zip(value, arguments, strict=True))
+        )
+    if hint is float:
+        return _number(value, source, where)
+    if (
+        hint is str
+        and isinstance(value, (bool, int, float))
+        or not isinstance(value, hint)
+        or hint is int
+        and isinstance(value, bool)
+    ):
+        raise _wrong(value, _name(hint), source, where)
+    return value
+
+
+def _convert_dataclass(value, hint, source, where):
+    if not isinstance(value, dict):
+        raise _wrong(value, "a mapping", source, where)
+    fields = {_key(f): f for f in dataclasses.fields(hint)}
+    prefix = f"{where}." if where else ""
+    for key in value:
+        if key not in fields:
+            raise InputError(f"{source}: unknown key '{prefix}{key}'; known keys there: {', '.join(fields)}")
+    for key, entry in fields.items():
+        needed = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+        if needed and key not in value:
+            raise InputError(f"{source}: the key '{prefix}{key}' is missing")
+    hints = typing.get_type_hints(hint)
+    return hint(**{fields[k].name: _convert(v, hints[fields[k].name], source, prefix + k) for k, v in value.items()})
+
+
+def _number(value, source, where):
+    """A float; YAML reads 1e-3 (without a point) as text, people do not."""
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    raise _wrong(value, "a number", source, where)
+
+
+def _name(hint):
+    names = {int: "a whole number", str: "a text", bool: "true or false", dict: "a mapping", float: "a number"}
+    return names.get(typing.get_origin(hint) or hint, str(hint))
+
+
+def _wrong(value, wanted, source, where):
+    return InputError(f"{source}: {where or 'the recipe'} is {value!r}, expected {wanted}")
+
+
+def _validate(recipe, source):
+    """Checks that single types cannot express; all complaints are raised as one InputError."""
+    complaints = []
+
+    def need(condition, message):
+        if not condition:
+            complaints.append(message)
+
+    need(recipe.stage in STAGES, f"stage is {recipe.stage!r}, expected one of {', '.join(STAGES)}")
+    parts = PARTS.get(recipe.stage, ())
+    for part, rate in recipe.train.items():
+        need(part in parts or not parts, f"train.{part}: the {recipe.stage} stage trains {', '.join(parts)}")
+        need(rate >= 0, f"train.{part} is {rate}, a learning rate is 0 (frozen) or positive")
+    need(
+        any(rate > 0 for rate in recipe.train.values()),
+        "train: no part has a learning rate above 0, nothing would learn",
+    )
+    need((recipe.model.from_ is None) != (recipe.model.new is None), "model: give exactly one of 'from' and 'new'")
+    need((recipe.data.json is None) != (recipe.data.scenes is None), "data: give exactly one of 'json' and 'scenes'")
+    need((recipe.steps is None) != (recipe.epochs is None), "give exactly one of 'steps' and 'epochs'")
+    need(recipe.epochs is None or recipe.data.json is not None, "epochs: drawn scenes have no end, give 'steps'")
+    need(recipe.precision in ("fp32", "bf16"), f"precision is {recipe.precision!r}, expected fp32 or bf16")
+    for name in ("steps", "epochs", "batch_size", "accumulate", "save_every", "keep", "log_every"):
+        value = getattr(recipe, name)
+        need(value is None or value > 0, f"{name} is {value}, expected a number above 0")
+    for name in ("warmup", "final_rate", "weight_decay", "clip", "workers"):
+        need(getattr(recipe, name) >= 0, f"{name} is {getattr(recipe, name)}, expected 0 or more")
+    need(recipe.eval.every >= 0 and recipe.eval.pictures > 0, "eval: 'every' is 0 or more, 'pictures' above 0")
+    if recipe.stage == "contrastive":
+        need(recipe.data.scenes is not None, "data: the contrastive stage learns from drawn scenes, give 'scenes'")
+        need(
+            recipe.model.new is not None and recipe.model.new.text is not None,
+            "model.new.text is needed: the caption tower",
+        )
+    if recipe.model.new is not None:
+        need(recipe.model.new.vision is not None, "model.new.vision is needed: an open_clip vision_cfg or a folder")
+    if recipe.data.scenes is not None:
+        _validate_scenes(recipe.data.scenes, need)
+    if complaints:
+        raise InputError(f"{source}: {'; '.join(complaints)}")
+
+
+def _validate_scenes(scenes, need):
+    """Ranges rise, weights are positive, the stretches of a curriculum follow each other."""
+    for where, part in [
+        ("data.scenes", scenes),
+        *((f"data.scenes.curriculum.{i}", s) for i, s in enumerate(scenes.curriculum)),
+    ]:
+        for name in ("objects", "turns"):
+            low_high = getattr(part, name)
+            need(
+                low_high is None or 1 <= low_high[0] <= low_high[1],
+                f"{where}.{name} is {low_high}, expected [fewest, most]",
+            )
+        weights = part.kinds
+        good = weights is None or (any(weights.values()) and all(weight >= 0 for weight in weights.values()))
+        need(good, f"{where}.kinds: weights are 0 or more, and one is above 0")
+    ends = [stretch.until for stretch in scenes.curriculum]
+    need(all(end > 0 for end in ends), "data.scenes.curriculum: every 'until' is above 0")
+    need(
+        all(a < b for a, b in zip(ends, ends[1:], strict=False)) or len({e > 1 for e in ends}) > 1,
+        "data.scenes.curriculum: every 'until' lies behind the one before it",
+    )
+    need(scenes.families >= 1 and scenes.family >= 1, "data.scenes: 'families' and 'family' are 1 or more")

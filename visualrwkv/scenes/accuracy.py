@@ -1,0 +1,151 @@
+"""How many questions about unseen drawn scenes a model answers rightly, by kind of question.
+
+Every question is asked alone, as a user would. `python -m visualrwkv.scenes.accuracy MODEL --pictures N` prints the
+table of the embedded model's card; `--blind` shows a gray picture instead, which tells what the questions alone give
+away.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections import Counter
+
+from visualrwkv.errors import InputError
+from visualrwkv.scenes.questions import KINDS, SHORT_KINDS, questions
+from visualrwkv.scenes.world import sample_scene, scene_rng
+
+GRAY = (128, 128, 128)
+_LANGUAGES = {"en": 3, "zh": 1}
+_FRAME = re.compile(r"^(the image shows,? ?(from left to right, ?)?|图中(从左到右)?有)")
+_BETWEEN = re.compile(r",\s*| and |、|和")
+
+
+def evaluate_scenes(
+    model, processor, pictures, seed, blind=False, batch_size=64, objects=(1, 6), split="test", progress=None
+):
+    """Asks one question of each kind that a scene allows.
+
+    Args:
+        model, processor: as in `visualrwkv.chat.VisualRWKV`; the model is left in evaluation mode.
+        pictures: number of scenes.
+        seed: of the scenes.
+        blind: show a gray picture of the same size instead.
+        batch_size: questions answered at a time.
+        objects: fewest and most objects in a scene.
+        split: "val" or "test"; "train" would show scenes that training may have shown.
+        progress: called with the number of questions answered so far and their total.
+
+    Returns:
+        {kind: (right, asked)} for each of `KINDS`.
+    """
+    from visualrwkv.chat import VisualRWKV
+
+    vlm = VisualRWKV(model, processor)
+    asked = list(_questions(pictures, seed, blind, objects, split))
+    # answers of like length together: a batch runs until its longest answer ends
+    asked.sort(key=lambda entry: (entry[1].kind == "describe", len(entry[1].text)))
+    right, total = Counter(), Counter()
+    for start in range(0, len(asked), batch_size):
+        batch = asked[start : start + batch_size]
+        longest = 160 if any(question.kind == "describe" for _, question in batch) else 16
+        replies = vlm.ask([picture for picture, _ in batch], [q.text for _, q in batch], max_new_tokens=longest)
+        for (_, question), reply in zip(batch, replies, strict=True):
+            total[question.kind] += 1
+            right[question.kind] += is_right(question.kind, question.answer, reply)
+        if progress:
+            progress(min(start + batch_size, len(asked)), len(asked))
+    return {kind: (right[kind], total[kind]) for kind in KINDS}
+
+
+def _questions(pictures, seed, blind, objects, split):
+    from PIL import Image
+
+    from visualrwkv.scenes.drawing import draw
+
+    for index in range(pictures):
+        rng = scene_rng(seed, split, index)
+        scene = sample_scene(rng, min_objects=objects[0], max_objects=objects[1], split=split)
+        picture = Image.new("RGB", (scene.width, scene.height), GRAY) if blind else draw(scene)
+        for question in questions(scene, rng, languages=_LANGUAGES):
+            yield picture, question
+
+
+def is_right(kind, answer, reply):
+    """Exact match after normalisation; a description is right if it names the same things, in any order."""
+    if kind == "describe":
+        return named(reply) == named(answer)
+    return normalise(reply) == normalise(answer)
+
+
+def normalise(text):
+    """Lower case, single spaces, no period at the end."""
+    return " ".join(text.lower().split()).rstrip(".。").rstrip()
+
+
+def named(text):
+    """What a description names, sorted."""
+    return sorted(_BETWEEN.split(_FRAME.sub("", normalise(text))))
+
+
+def shares(counts):
+    """{kind: share of right answers} of the kinds that were asked, and "short": over all short-answer questions."""
+    result = {kind: round(right / asked, 4) for kind, (right, asked) in counts.items() if asked}
+    short = [counts[kind] for kind in (*SHORT_KINDS, "choice")]
+    total = sum(asked for _, asked in short)
+    return result | ({"short": round(sum(right for right, _ in short) / total, 4)} if total else {})
+
+
+def main(argv=None):
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m visualrwkv.scenes.accuracy", description=__doc__.split("\n")[0])
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="as in visualrwkv.load; the embedded one by default")
+    parser.add_argument("--pictures", metavar="N", type=int, default=200)
+    parser.add_argument("--seed", metavar="S", type=int, default=0)
+    parser.add_argument("--blind", action="store_true", help="show a gray picture instead")
+    parser.add_argument("--batch-size", metavar="B", type=int, default=64)
+    parser.add_argument("--json", action="store_true", help="print counts and shares as one JSON object")
+    arguments = parser.parse_args(argv)
+    try:
+        for name in ("pictures", "batch_size"):
+            if getattr(arguments, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: give a number from 1 up")
+        counts = _measure(arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    result = shares(counts)
+    if arguments.json:
+        print(json.dumps({"counts": counts, "shares": result, "blind": arguments.blind, "seed": arguments.seed}))
+        return 0
+    for kind, share in result.items():
+        of = f"{counts[kind][0]}/{counts[kind][1]}" if kind in counts else ""
+        print(f"{kind:10} {share:6.1%}  {of}")
+    return 0
+
+
+def _measure(arguments):
+    from tqdm import tqdm
+
+    from visualrwkv.loading import load
+
+    vlm = load(arguments.model)
+    with tqdm(unit="question", file=sys.stderr) as bar:
+
+        def progress(done, total):
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return evaluate_scenes(
+            vlm.model,
+            vlm.processor,
+            arguments.pictures,
+            arguments.seed,
+            blind=arguments.blind,
+            batch_size=arguments.batch_size,
+            progress=progress,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

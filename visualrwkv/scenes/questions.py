@@ -1,0 +1,238 @@
+"""Questions about a scene, with answers that follow from its list of objects.
+
+Each question knows what it gives away (``facts``) and what must stay hidden for it to be worth asking (``asks``); two
+questions fit into one sample if neither gives away what the other asks.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from visualrwkv.errors import InputError
+from visualrwkv.scenes import phrases
+from visualrwkv.scenes.descriptions import describe
+from visualrwkv.scenes.drafts import BUILDERS, Names
+from visualrwkv.scenes.phrases import CHOICE_LINES, LANGUAGES, LETTERS, PHRASES, SHORT_LINE, object_name, usual_word
+from visualrwkv.scenes.world import COLOURS, SHAPES
+
+SHORT_KINDS = ("colour", "shape", "existence", "count", "relation", "neighbour", "compare", "read")
+KINDS = (*SHORT_KINDS, "choice", "describe")
+# How often a kind is tried first when a sample is filled.
+KIND_WEIGHTS = {
+    "colour": 1.0,
+    "shape": 1.0,
+    "existence": 1.2,
+    "count": 1.4,
+    "relation": 1.4,
+    "neighbour": 3.0,
+    "compare": 1.5,
+    "read": 2.0,
+    "choice": 1.4,
+    "describe": 0.6,
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question in its final wording.
+
+    ``options`` are those of a multiple-choice question, whose underlying kind is ``base``; ``facts`` is all that
+    question and answer give away about the picture, ``asks`` the part that another question must not give away.
+    """
+
+    kind: str
+    language: str
+    text: str
+    answer: str
+    options: tuple[str, ...] | None = None
+    base: str | None = None
+    facts: frozenset[str] = frozenset()
+    asks: frozenset[str] = frozenset()
+
+    def fits(self, other):
+        """Whether both may stand in one sample."""
+        return not (self.facts & other.asks or other.facts & self.asks)
+
+
+def ask(scene, rng, kind, language="en", *, vary=0.5, short_line=0.5, base=None, accept=None):
+    """One question of a kind, or None where the scene allows none.
+
+    Args:
+        rng: a ``random.Random``.
+        kind: one of ``KINDS``.
+        language: "en" or "zh".
+        vary: share of questions in another wording than the usual one.
+        short_line: share of English short-answer questions that end with the line asking for a word or phrase.
+        base: the kind that a "choice" is made of; None takes any that the scene allows.
+        accept: a function of an object with ``facts`` and ``asks``; only questions that it accepts are asked.
+    """
+    if kind not in KINDS:
+        raise InputError(f"kind of question {kind!r} is not known; use some of {', '.join(KINDS)}")
+    if base is not None and (kind != "choice" or base not in SHORT_KINDS):
+        raise InputError(f"base {base!r} goes with kind 'choice' alone and is one of {', '.join(SHORT_KINDS)}")
+    if language not in LANGUAGES:
+        raise InputError(f"language {language!r} is not known; use en or zh")
+    if kind == "describe":
+        everything = _everything(scene)
+        text = _phrase(rng, language, "describe", vary)
+        return Question(kind, language, text, describe(scene, language), facts=everything, asks=everything)
+    accept = accept or (lambda draft: True)
+    names = Names(scene)
+    if kind != "choice":
+        draft = BUILDERS[kind](names, rng, accept, vary)
+    else:
+        draft = None
+        for name in [base] if base else rng.sample(SHORT_KINDS, len(SHORT_KINDS)):
+            draft = draft or BUILDERS[name](names, rng, accept, vary)
+    if draft is None:
+        return None
+    text = _wording(draft, scene, rng, language, vary)
+    answer = _spoken(draft.answer, language)
+    facts, asks = frozenset(draft.facts), frozenset(draft.asks)
+    if kind == "choice":
+        options = _options(draft, rng, language, answer)
+        letter = LETTERS[options.index(answer)]
+        lines = [text, *(f"{LETTERS[i]}. {option}" for i, option in enumerate(options)), CHOICE_LINES[language]]
+        return Question(kind, language, "\n".join(lines), letter, options, draft.kind, facts, asks)
+    if language == "en" and rng.random() < short_line:
+        text = f"{text}\n{SHORT_LINE}"
+    return Question(kind, language, text, answer, None, None, facts, asks)
+
+
+def _everything(scene):
+    indices = range(len(scene.objects))
+    attributes = {f"{word}:{i}" for i in indices for word in ("colour", "shape", "size", "x", "y")}
+    return frozenset(attributes | {"total", "sign"} | {f"set:{word}" for word in (*COLOURS, *SHAPES)})
+
+
+def _phrase(rng, language, phrase, vary):
+    usual, *others = PHRASES[language][phrase]
+    return rng.choice(others) if rng.random() < vary else usual
+
+
+def _wording(draft, scene, rng, language, vary):
+    def word(language, word):
+        others = phrases.ALIASES[language].get(word)
+        return rng.choice(others) if others and rng.random() < 0.3 * vary else usual_word(language, word)
+
+    def name(reference):
+        if reference == ("sign",):
+            return phrases.SIGN_NAME[language]
+        size, colour, shape = reference
+        return object_name(language, colour, shape, size, word)
+
+    template = _phrase(rng, language, draft.phrase, vary)
+    slots = {}
+    if draft.kind == "count":
+        slots["p"] = _counted(language, *draft.a, word)
+    elif draft.a is not None:
+        slots["a"] = name(draft.a)
+        slots["an"] = phrases.article(slots["a"])
+    if draft.b is not None:
+        slots["b"] = name(draft.b)
+    if draft.where is not None:
+        usual, *others = phrases.DIRECTIONS[language][draft.where]
+        slots["where"] = rng.choice(others) if rng.random() < vary / 2 else usual
+    if draft.kind == "read":
+        slots["t"] = phrases.TEXT_KIND[language][scene.sign.is_number]
+    return template.format(**slots)
+
+
+def _counted(language, phrase, word, speak):
+    if phrase == "all":
+        return "objects" if language == "en" else "物体"
+    said = speak(language, word)
+    if phrase == "shape":
+        return phrases.plural(said) if language == "en" else said
+    return f"{said} objects" if language == "en" else f"{said}的物体"
+
+
+def _spoken(answer, language):
+    kind, value = answer
+    if kind == "word":
+        return usual_word(language, value)
+    if kind == "name":
+        return object_name(language, *value)
+    if kind in ("existence", "relation"):
+        return phrases.YES_NO[language][kind, value]
+    return str(value)
+
+
+def _options(draft, rng, language, answer):
+    """Two to five options in random order, the right one among them."""
+    kind = draft.answer[0]
+    wrong = [said for said in (_spoken((kind, value), language) for value in draft.wrong) if said != answer]
+    if kind == "name":
+        few = wrong[:4]
+        rng.shuffle(few)
+        wrong = few
+    else:
+        rng.shuffle(wrong)
+    count = rng.choice((2, 3, 4, 4, 4, 5))
+    options = [answer, *wrong[: count - 1]]
+    rng.shuffle(options)
+    return tuple(options)
+
+
+def questions(scene, rng, kinds=KINDS, languages=LANGUAGES, *, vary=0.5, short_line=0.5):
+    """One question of each of the kinds that the scene allows; they may give away each other's answers.
+
+    ``languages`` maps "en" and "zh" to weights, or names those that weigh the same.
+    """
+    speakers, weights = _checked(languages, LANGUAGES, "language")
+    found = []
+    for kind in kinds:
+        language = rng.choices(speakers, weights)[0]
+        question = ask(scene, rng, kind, language, vary=vary, short_line=short_line)
+        if question is not None:
+            found.append(question)
+    return found
+
+
+def conversation(scene, rng, turns, *, kinds=KIND_WEIGHTS, languages=LANGUAGES, vary=0.5, short_line=0.5):
+    """Questions for one training sample, none of which gives away another's answer.
+
+    Args:
+        rng: a ``random.Random``.
+        turns: the most questions wanted; a scene of few objects holds fewer. A description always stands alone.
+        kinds, languages: weights by name, or names that weigh the same.
+        vary, short_line: as in ``ask``.
+
+    Returns:
+        A list of at least one ``Question`` where the scene allows any of the kinds, in random order.
+    """
+    if turns < 1:
+        raise InputError(f"{turns} turns asked for; a conversation has at least 1")
+    pool, weights = _checked(kinds, KINDS, "kind of question")
+    speakers, speaker_weights = _checked(languages, LANGUAGES, "language")
+    chosen, remaining = [], dict(zip(pool, weights, strict=True))
+
+    def accept(draft):
+        return all(not (draft.facts & other.asks or other.facts & draft.asks) for other in chosen)
+
+    while remaining and len(chosen) < turns:
+        kind = rng.choices(tuple(remaining), tuple(remaining.values()))[0]
+        language = rng.choices(speakers, speaker_weights)[0]
+        question = ask(scene, rng, kind, language, vary=vary, short_line=short_line, accept=accept)
+        if question is None:
+            del remaining[kind]
+            continue
+        chosen.append(question)
+        remaining[kind] *= 0.3  # other kinds first, for the sake of variety
+        if kind == "describe":
+            break
+        remaining.pop("describe", None)
+    rng.shuffle(chosen)
+    return chosen
+
+
+def _checked(weights, known, what):
+    """Names and weights, from a mapping or from names that all weigh the same."""
+    if not isinstance(weights, Mapping):
+        weights = dict.fromkeys(weights, 1)
+    unknown = [name for name in weights if name not in known]
+    if unknown:
+        raise InputError(f"{what} {unknown[0]!r} is not known; use some of {', '.join(known)}")
+    positive = {name: weight for name, weight in weights.items() if weight > 0}
+    if not positive:
+        raise InputError(f"no {what} has a positive weight; give at least one of {', '.join(known)}")
+    return tuple(positive), tuple(positive.values())
