@@ -100,7 +100,7 @@ def measure(path: Path, tokens: int) -> dict:
         prefilled = clock()
         for _ in range(tokens):
             token = out.logits[:, -1].argmax(-1, keepdim=True).clamp(max=65529)
-            out = model(token, past_key_values=out.past_key_values)
+            out = model(token, cache=out.cache)
         decoded = clock()
     answer = vlm.ask(picture, QUESTION, max_new_tokens=4)
     return {
@@ -112,7 +112,7 @@ def measure(path: Path, tokens: int) -> dict:
         "picture encoding s": encoded - begin,
         "prefill s": prefilled - encoded,
         "per token s": (decoded - prefilled) / tokens,
-        "state bytes": out.past_key_values.nbytes,
+        "state bytes": out.cache.nbytes,
         "peak after import bytes": imports_peak,
         "peak after load bytes": load_peak,
         "peak bytes": peak_memory(),

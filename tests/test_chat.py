@@ -140,11 +140,11 @@ def test_a_turn_reads_only_itself_and_the_state_is_as_if_all_was_read(vlm, pictu
             logits[:, vlm.model.config.image_token_id] = float("-inf")
             steps.append(int(logits.argmax()))
             with torch.no_grad():
-                reread = vlm.model(torch.tensor([[steps[-1]]]), past_key_values=reread.past_key_values)
+                reread = vlm.model(torch.tensor([[steps[-1]]]), cache=reread.cache)
             logits = reread.logits[:, -1]
         history += steps
         with torch.no_grad():
-            whole = vlm.model(torch.tensor([history]), pixel_values).past_key_values
+            whole = vlm.model(torch.tensor([history]), pixel_values).cache
         for layer, other in zip(chat._state.layers, whole.layers, strict=True):
             for tensor, expected in zip(layer, other, strict=True):
                 assert torch.allclose(tensor, expected, atol=2e-4), number

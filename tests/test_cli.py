@@ -199,9 +199,9 @@ def test_flops_of_a_token_match_a_count_by_torch(vlm):
     text = vlm.model.config.text_config
     told = int(dict(model_sizes(vlm.model))["one token"].split()[0].replace(",", ""))
     recurrence = 5 * text.attention_size * text.head_size * text.num_hidden_layers
-    state = vlm.model(torch.tensor([[5]])).past_key_values
+    state = vlm.model(torch.tensor([[5]])).cache
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        vlm.model(torch.tensor([[7]]), past_key_values=state)
+        vlm.model(torch.tensor([[7]]), cache=state)
     # torch counts matrix products alone, of which the recurrence may or may not make use
     assert told - recurrence <= counter.get_total_flops() <= told * 1.05
 

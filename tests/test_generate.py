@@ -48,10 +48,10 @@ def batch_of(model, counts):
 
 def read_in_steps(model, ids, pixels, prefill, state=None):
     """Logits of every position: `prefill` at once, the rest token by token."""
-    out = model(ids[:, :prefill], pixel_values=pixels, past_key_values=state)
+    out = model(ids[:, :prefill], pixel_values=pixels, cache=state)
     logits = [out.logits]
     for token in ids[:, prefill:].split(1, dim=1):
-        out = model(token, past_key_values=out.past_key_values)
+        out = model(token, cache=out.cache)
         logits.append(out.logits)
     return torch.cat(logits, 1)
 
@@ -71,9 +71,9 @@ def test_going_on_from_a_state_equals_one_reading(model, images):
     ids = torch.cat([first, second], 1)
     pixels = first_pixels if second_pixels is None else torch.cat([first_pixels, second_pixels])
     whole = model(ids, pixel_values=pixels).logits[:, first.shape[1] :]
-    state = model(first, pixel_values=first_pixels).past_key_values
+    state = model(first, pixel_values=first_pixels).cache
     kept = state.clone()
-    assert error(model(second, pixel_values=second_pixels, past_key_values=state).logits, whole) < TOLERANCE
+    assert error(model(second, pixel_values=second_pixels, cache=state).logits, whole) < TOLERANCE
     assert error(read_in_steps(model, second, second_pixels, second.shape[1] - 2, kept), whole) < TOLERANCE
 
 
@@ -84,7 +84,7 @@ def test_a_left_padded_batch_equals_its_rows_also_while_decoding(model):
     logits = [out.logits[:, -1:]]
     for token in steps.split(1, dim=1):
         mask = torch.cat([mask, mask.new_ones(3, 1)], 1)
-        out = model(token, attention_mask=mask, past_key_values=out.past_key_values)
+        out = model(token, attention_mask=mask, cache=out.cache)
         logits.append(out.logits)
     logits = torch.cat(logits, 1)
     for i, (row_ids, row_pixels) in enumerate(rows):
@@ -95,9 +95,9 @@ def test_a_left_padded_batch_equals_its_rows_also_while_decoding(model):
 def test_a_padded_batch_goes_on_from_a_state(model):
     """A second turn of two conversations, of different lengths, padded again."""
     ids, mask, pixels, rows = batch_of(model, [1, 2])
-    state = model(ids, pixel_values=pixels, attention_mask=mask).past_key_values
+    state = model(ids, pixel_values=pixels, attention_mask=mask).cache
     more, more_mask, more_pixels, more_rows = batch_of(model, [0, 1])
-    logits = model(more, pixel_values=more_pixels, attention_mask=more_mask, past_key_values=state).logits[:, -1]
+    logits = model(more, pixel_values=more_pixels, attention_mask=more_mask, cache=state).logits[:, -1]
     for i, ((a, a_pixels), (b, b_pixels)) in enumerate(zip(rows, more_rows, strict=True)):
         both = a_pixels if b_pixels is None else torch.cat([a_pixels, b_pixels])
         assert error(logits[i], model(torch.cat([a, b], 1), pixel_values=both).logits[0, -1]) < TOLERANCE
@@ -131,12 +131,12 @@ def test_generate_continues_a_state(bi):
     options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
     whole = bi.generate(first, pixel_values=pixels, **(options | {"max_new_tokens": 8})).sequences
     out = bi.generate(first, pixel_values=pixels, **options)
-    state = out.past_key_values
+    state = out.cache
     assert state.seen == first.shape[1] + 3
-    again = bi.generate(out.sequences, past_key_values=state.clone(), **options).sequences
+    again = bi.generate(out.sequences, cache=state.clone(), **options).sequences
     assert torch.equal(again, whole)
     mask = torch.ones_like(out.sequences)
-    new = bi.generate(out.sequences[:, -1:], attention_mask=mask, past_key_values=state, **options).sequences
+    new = bi.generate(out.sequences[:, -1:], attention_mask=mask, cache=state, **options).sequences
     assert torch.equal(new[:, 1:], whole[:, -4:])
 
 

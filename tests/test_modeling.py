@@ -278,7 +278,7 @@ def test_two_images_in_one_row(model):
     with torch.no_grad():
         both = model(ids, pixel_values=images).logits
         first = model(ids[:, :19], pixel_values=images[:1])
-        second = model(ids[:, 19:], pixel_values=images[1:], past_key_values=first.past_key_values)
+        second = model(ids[:, 19:], pixel_values=images[1:], cache=first.cache)
         swapped = model(ids, pixel_values=images.flip(0)).logits
     assert error(both, torch.cat([first.logits, second.logits], 1)) < 1e-4
     assert error(both[:, -1], swapped[:, -1]) > 1e-3

@@ -387,28 +387,40 @@ def test_descriptions_go_from_left_to_right(many):
         assert text.count(".") == 1 and scenes.describe(scene, "zh").count("一个") == len(scene.objects)
 
 
-def test_captions_and_variants(many):
+def test_patch_captions_name_what_a_patch_shows(many):
     rng = random.Random(3)
     for scene in many[:150]:
-        text = scenes.caption(scene, rng)
-        assert all(f"{t.size} {t.colour} {t.shape}" in text for t in scene.shapes) and "background" in text
-        near = scenes.variants(scene, rng, 4)
-        assert len(near) == 4 and all(is_valid(other) for other in near)
-        told = {frozenset(scenes.caption(other, random.Random(0)).split(", ")) for other in (scene, *near)}
-        assert len(told) == 5
-        for other in near:
-            assert len(scene.objects) - 1 <= len(other.objects) <= len(scene.objects)
-            assert len({t.key for t in scene.objects} - {t.key for t in other.objects}) <= 2
-    scene = scenes.sample_scene(random.Random(1), min_objects=3, split="train")
-    near = scenes.variants(scene, rng, 6, split="train")
-    assert near and {scenes.split_of(t.key for t in other.objects) for other in near} == {"train"}
+        captions = scenes.patch_captions(scene, (8, 8), rng)
+        assert len(dict(captions)) == len(captions)
+        for patch, caption in captions:
+            row, column = divmod(patch, 8)
+            left, right = scene.width * column / 8, scene.width * (column + 1) / 8
+            top, bottom = scene.height * row / 8, scene.height * (row + 1) / 8
+            touching = [
+                t
+                for t in scene.objects
+                if t.box[0] <= right and t.box[2] >= left and t.box[1] <= bottom and t.box[3] >= top
+            ]
+            if caption.endswith(" background"):
+                assert not touching and caption == f"{scene.background} background"
+                continue
+            inside = [t for t in scene.objects if left <= t.cx <= right and top <= t.cy <= bottom]
+            assert bool(inside) != caption.startswith("part of")
+            name = [
+                f"the {'number' if t.is_number else 'letter'} {t.text}" if isinstance(t, Sign) else t.key
+                for t in inside or touching
+            ]
+            assert any(caption.endswith(part) for part in name)
+    spread = scenes.patch_captions(scene, (64, 64), rng)
+    assert sum(not c.startswith("part of") and not c.endswith(" background") for _, c in spread) == len(scene.objects)
 
 
 def test_all_texts_cover_every_word(many):
     known = set(re.findall(r"[A-Za-z0-9']+|[^\x00-\x7f]", "\n".join(scenes.all_texts())))
     rng = random.Random(4)
     for scene in many:
-        said = [scenes.describe(scene), scenes.describe(scene, "zh"), scenes.caption(scene, rng)]
+        said = [scenes.describe(scene), scenes.describe(scene, "zh")]
+        said += [caption for _, caption in scenes.patch_captions(scene, (8, 8), rng)]
         said += [text for q in scenes.conversation(scene, rng, 6) for text in (q.text, q.answer)]
         assert set(re.findall(r"[A-Za-z0-9']+|[^\x00-\x7f]", "\n".join(said))) <= known
 

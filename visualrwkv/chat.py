@@ -149,7 +149,7 @@ class VisualRWKV:
             stop: further stopping criterion.
 
         Returns:
-            transformers' output with `sequences` (prompt and reply) and `past_key_values`, which has not read the
+            transformers' output with `sequences` (prompt and reply) and `cache`, which has not read the
             last token of the reply.
         """
         device = self.model.device
@@ -158,7 +158,7 @@ class VisualRWKV:
         with sampling.randomness(device):
             return self.model.generate(
                 **inputs,
-                past_key_values=state,
+                cache=state,
                 generation_config=sampling.config(self.model.config.image_token_id),
                 stopping_criteria=criteria + ([stop] if stop else []),
                 streamer=streamer,
@@ -305,7 +305,7 @@ class ChatSession:
         reply = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
         text = ReplyText.whole(tokenizer, reply)
         self._unread = unread_end(tokenizer.vocabulary, reply)
-        self._state = output.past_key_values
+        self._state = output.cache
         self._turns += [turn, Turn("assistant", text)]
         return text
 

@@ -22,9 +22,8 @@ from visualrwkv.recipe import save_recipe
 from visualrwkv.runs import (
     is_main_process,
     newest_checkpoint,
-    pictures_per_step,
     resume_from,
-    samples_per_forward,
+    samples_per_step,
     world_size,
     writing,
 )
@@ -168,7 +167,7 @@ class Progress(TrainerCallback):
         if "loss" not in logs or not state.is_world_process_zero:
             return
         steps, now = state.global_step - self.last_step, time.perf_counter()
-        samples = steps * pictures_per_step(self.recipe)
+        samples = steps * samples_per_step(self.recipe)
         entry = {
             "step": state.global_step,
             "loss": logs["loss"],
@@ -305,7 +304,7 @@ def _arguments(recipe, steps):
     args = TrainingArguments(
         output_dir=str(recipe.output),
         max_steps=steps,
-        per_device_train_batch_size=samples_per_forward(recipe),
+        per_device_train_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.accumulate,
         max_grad_norm=recipe.clip,
         logging_steps=recipe.log_every,

@@ -28,12 +28,12 @@ L2_WRAP = 1e-4  # weight of the public code's penalty on the largest logit of ea
 
 @dataclass
 class VisualRWKVOutput(ModelOutput):
-    """loss: scalar or None; logits: (B, T or logits_to_keep, V); past_key_values: the state behind the last position;
+    """loss: scalar or None; logits: (B, T or logits_to_keep, V); cache: the state behind the last position;
     sample_losses: (B,) float32, the mean cross entropy of each sample, when labels were given."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    past_key_values: RWKVState | None = None
+    cache: RWKVState | None = None
     sample_losses: Tensor | None = None
 
 
@@ -144,7 +144,7 @@ class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, GenerationMi
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        past_key_values: RWKVState | None = None,
+        cache: RWKVState | None = None,
         inputs_embeds: Tensor | None = None,
         image_features: Tensor | None = None,
         use_cache: bool | None = None,
@@ -158,7 +158,7 @@ class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, GenerationMi
             pixel_values: (images, 3, S, S), in the order of their places over the batch.
             attention_mask: (B, T) or longer (its last T columns count), 0 at padded positions, which change nothing.
             labels: (B, T), -100 where nothing is to be predicted; shifted inside.
-            past_key_values: state to continue from; it is moved, so `clone` it to keep it.
+            cache: state to continue from; it is moved, so `clone` it to keep it.
             inputs_embeds: (B, T, D) in place of `input_ids`, for text (without known image places nothing is reversed).
             image_features: (images, num_image_tokens, D) from `get_image_features`, in place of `pixel_values`.
             use_cache: return the state (default: when not training).
@@ -183,7 +183,7 @@ class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, GenerationMi
                     self.config.scan, text.num_hidden_layers, starts, self.config.feature_grid, input_ids.shape
                 )
         mask = None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :].bool()
-        hidden, state = self.rwkv(inputs_embeds, past_key_values, mask, orders)
+        hidden, state = self.rwkv(inputs_embeds, cache, mask, orders)
         if logits_to_keep:
             hidden = hidden[:, -logits_to_keep:]
         logits = self.rwkv.head(hidden)
@@ -224,7 +224,7 @@ class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, GenerationMi
             )
             for name, value in images.items():
                 kwargs[name] = None if value is None else value[order]
-            state = kwargs.get("past_key_values")
+            state = kwargs.get("cache")
             if isinstance(state, RWKVState) and state.batch_size != len(input_ids):
                 state.batch_repeat_interleave(expand_size)
             return input_ids, kwargs

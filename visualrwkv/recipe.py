@@ -78,8 +78,6 @@ class ScenesData:
     vary: float = 0.5  # share of questions in another wording than the usual one
     short_line: float = 0.5  # share of short English questions with the line that asks for a word or phrase
     text_only: bool = False  # leave the pictures out: the language of the world without its pictures
-    families: int = 16  # contrastive stage: families of near-duplicate scenes in a batch ...
-    family: int = 8  # ... and scenes in a family
     curriculum: list[Stretch] = field(default_factory=list)
 
 
@@ -115,7 +113,7 @@ class Recipe:
     train: dict[str, float]  # highest learning rate of each part; a part that is left out or 0 is frozen
     steps: int | None = None  # optimizer steps; or
     epochs: float | None = None  # passes over a JSON file
-    batch_size: int = 8  # samples in one forward pass; the contrastive stage has data.scenes.families x family instead
+    batch_size: int = 8  # samples in one forward pass
     accumulate: int = 1  # forward passes in one optimizer step
     warmup: int = 0  # steps in which the rates rise from 0
     final_rate: float = 0.1  # the cosine ends at this share of the highest rates
@@ -341,6 +339,10 @@ def _validate(recipe, source):
             recipe.model.new is not None and recipe.model.new.text is not None,
             "model.new.text is needed: the caption tower",
         )
+        need(
+            recipe.model.new is None or recipe.model.new.image.get("mode") == "squash",
+            "model.new.image.mode: the contrastive stage needs 'squash', to know which patch shows what",
+        )
     if recipe.model.new is not None:
         need(recipe.model.new.vision is not None, "model.new.vision is needed: an open_clip vision_cfg or a folder")
     if recipe.data.scenes is not None:
@@ -370,4 +372,3 @@ def _validate_scenes(scenes, need):
         all(a < b for a, b in zip(ends, ends[1:], strict=False)) or len({e > 1 for e in ends}) > 1,
         "data.scenes.curriculum: every 'until' lies behind the one before it",
     )
-    need(scenes.families >= 1 and scenes.family >= 1, "data.scenes: 'families' and 'family' are 1 or more")

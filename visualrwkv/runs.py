@@ -100,20 +100,14 @@ def world_size():
 
 def count_samples(recipe, per_pass=None):
     """(steps, samples) of the run over all processes; `per_pass` is the size of a JSON file."""
-    per_step = samples_per_forward(recipe) * recipe.accumulate * world_size()
+    per_step = samples_per_step(recipe)
     steps = recipe.steps if recipe.steps is not None else max(1, math.ceil(recipe.epochs * per_pass / per_step))
     return steps, steps * per_step
 
 
-def samples_per_forward(recipe):
-    """Dataset items in one forward pass: families in the contrastive stage, samples elsewhere."""
-    return recipe.data.scenes.families if recipe.stage == "contrastive" else recipe.batch_size
-
-
-def pictures_per_step(recipe):
-    """Samples, or pictures of the contrastive stage, in one optimizer step of all processes."""
-    family = recipe.data.scenes.family if recipe.stage == "contrastive" else 1
-    return samples_per_forward(recipe) * family * recipe.accumulate * world_size()
+def samples_per_step(recipe):
+    """Samples in one optimizer step of all processes."""
+    return recipe.batch_size * recipe.accumulate * world_size()
 
 
 def require_accelerate():

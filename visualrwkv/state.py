@@ -15,7 +15,7 @@ class LayerState(NamedTuple):
 
 
 class RWKVState:
-    """State of all layers for a batch of sequences; travels through `generate` as `past_key_values`.
+    """State of all layers for a batch of sequences; travels through `generate` as `cache`.
 
     66 * D * L numbers per sequence for head size 64. `forward` replaces the layers of the state it is given; use
     `clone` to keep an earlier one.
@@ -27,6 +27,7 @@ class RWKVState:
 
     is_compileable = False  # read by transformers' generate
     is_croppable = False
+    is_linear = (False,)  # `get_seq_length` counts, so generate may be given the whole history and skips what was read
 
     def __init__(self, layers: list[LayerState], seen: int = 0):
         self.layers = list(layers)

@@ -1,9 +1,8 @@
 """Drawn scenes: pictures drawn by rule, with questions whose answers follow from the rule."""
 
-from visualrwkv.scenes.descriptions import all_texts, caption, describe
+from visualrwkv.scenes.descriptions import all_texts, describe, patch_captions
 from visualrwkv.scenes.drawing import draw
 from visualrwkv.scenes.questions import KINDS, SHORT_KINDS, Question, ask, conversation, questions
-from visualrwkv.scenes.variants import variants
 from visualrwkv.scenes.world import Object, Scene, Sign, sample_scene, scene_rng, split_of
 
 __all__ = [
@@ -15,13 +14,12 @@ __all__ = [
     "Sign",
     "all_texts",
     "ask",
-    "caption",
     "conversation",
     "describe",
     "draw",
+    "patch_captions",
     "questions",
     "sample_scene",
     "scene_rng",
     "split_of",
-    "variants",
 ]

@@ -1,4 +1,4 @@
-"""Whole-picture texts: descriptions and captions, and everything that the world can say."""
+"""Descriptions of whole pictures, captions of patches, and everything that the world can say."""
 
 from itertools import product
 
@@ -13,10 +13,9 @@ from visualrwkv.scenes.world import (
     SIGN_TEXTS,
     SIZES,
     Sign,
-    position_name,
 )
 
-_PLACES = ("center", "top", "bottom", "left", "right", "top left", "top right", "bottom left", "bottom right")
+_PART_OF, _BACKGROUND = "part of", "background"
 
 
 def left_to_right(scene):
@@ -49,23 +48,45 @@ def _sentence(parts, language):
     return f"The image shows, from left to right, {', '.join(rest)} and {last}."
 
 
-def caption(scene, rng):
-    """An English caption for contrastive training: every object with size, colour, shape and coarse position, the
-    sign's text and the background, from left to right or in random order.
+def patch_captions(scene, grid, rng):
+    """English captions for the contrastive stage, each of one patch of the picture.
+
+    Args:
+        scene: the scene.
+        grid: rows and columns of patches over the whole picture.
+        rng: a ``random.Random``.
+
+    Returns:
+        (patch, caption) pairs, patches counted row by row: first the patch under the centre of every thing with its
+        name; then, for every thing, one of the other patches that its box touches, with "part of" before the name;
+        last one patch that no box touches, with the background. What has no patch of its own is left out.
     """
-    things = left_to_right(scene)
-    if rng.random() < 0.5:
-        rng.shuffle(things)
-    parts = [f"{_part(thing, 'en')} {_place(position_name(scene, thing))}" for thing in things]
-    return _caption_text(parts, scene.background)
+    rows, columns = grid
+
+    def row_column(x, y):
+        return min(rows - 1, int(y / scene.height * rows)), min(columns - 1, int(x / scene.width * columns))
+
+    centres, touched = {}, {}
+    for thing in scene.objects:
+        row, column = row_column(thing.cx, thing.cy)
+        centres.setdefault(row * columns + column, []).append(thing)
+        (top, left), (bottom, right) = row_column(*thing.box[:2]), row_column(*thing.box[2:])
+        for patch in (r * columns + c for r in range(top, bottom + 1) for c in range(left, right + 1)):
+            touched.setdefault(patch, []).append(thing)
+    named = [(patch, _part(things[0], "en")) for patch, things in centres.items() if len(things) == 1]
+    edges = {}
+    for patch, things in touched.items():
+        if len(things) == 1 and patch not in centres:
+            edges.setdefault(_part(things[0], "en"), []).append(patch)
+    parts = [(rng.choice(patches), f"{_PART_OF} {name}") for name, patches in edges.items()]
+    free = [patch for patch in range(rows * columns) if patch not in touched]
+    empty = [(rng.choice(free), f"{scene.background} {_BACKGROUND}")] if free else []
+    return named + parts + empty
 
 
-def _place(position):
-    return f"in the {position}" if position == "center" else f"at the {position}"
-
-
-def _caption_text(parts, background):
-    return f"{', '.join(parts)}, on {phrases.article(background)} background"
+def names_thing(caption):
+    """Whether a caption of ``patch_captions`` names a whole thing."""
+    return not caption.startswith(_PART_OF) and not caption.endswith(_BACKGROUND)
 
 
 def all_texts():
@@ -78,10 +99,10 @@ def all_texts():
         yield from _question_texts(language)
         yield from _answer_texts(language)
     backgrounds = [*BACKGROUNDS, *(f"{a} to {b}" for a, b in product(LIGHT_BACKGROUNDS, repeat=2) if a != b)]
-    yield from (_caption_text(["a small red circle at the top left"], background) for background in backgrounds)
+    yield from (f"{background} {_BACKGROUND}" for background in backgrounds)
     things = [phrases.article(object_name("en", c, s, size)) for size, c, s in product(SIZES, COLOURS, SHAPES)]
     things += [f"a sign with the {TEXT_KIND['en'][text.isdigit()]} {text}" for text in SIGN_TEXTS]
-    yield from (f"{thing} {_place(place)}, {thing} {_place(place)}" for thing, place in product(things, _PLACES))
+    yield from (f"{_PART_OF} {thing}" for thing in things)
 
 
 def _question_texts(language):

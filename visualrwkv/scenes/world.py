@@ -349,10 +349,3 @@ def is_valid(scene):
         and sum(isinstance(thing, Sign) for thing in scene.objects) <= 1
         and all(_apart(a, b, gap) for a, b in combinations(boxes, 2))
     )
-
-
-def position_name(scene, thing):
-    """Where in the picture a thing is, on a grid of three by three: "top left", ..., "center"."""
-    column = ("left", "", "right")[min(2, int(3 * thing.cx / scene.width))]
-    row = ("top", "", "bottom")[min(2, int(3 * thing.cy / scene.height))]
-    return f"{row} {column}".strip() or "center"
