@@ -103,7 +103,7 @@ def test_weight_decay_is_for_matrices(vlm):
 
 
 def test_rates_warm_up_and_follow_a_cosine():
-    share = engine.RateSchedule(4, 104, 0.1)
+    share = engine.rate_schedule(4, 104, 0.1)
     assert [share(step) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert share(54) == pytest.approx(0.55) and share(104) == pytest.approx(0.1) and share(500) == pytest.approx(0.1)
 

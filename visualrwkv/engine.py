@@ -71,7 +71,7 @@ class StageTrainer(Trainer):
     def create_scheduler(self, num_training_steps, optimizer=None):
         if self.lr_scheduler is None:
             optimizer = self.optimizer if optimizer is None else optimizer
-            share = RateSchedule(self.recipe.warmup, num_training_steps, self.recipe.final_rate)
+            share = rate_schedule(self.recipe.warmup, num_training_steps, self.recipe.final_rate)
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
             self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -118,17 +118,20 @@ def _start_worker(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-class RateSchedule:
-    """Share of the highest learning rate at a step: a linear warm-up, then a cosine down to `final`."""
+def rate_schedule(warmup, steps, final):
+    """Share of the highest learning rate as a function of the step: a linear warm-up, then a cosine down to `final`.
 
-    def __init__(self, warmup, steps, final):
-        self.warmup, self.steps, self.final = warmup, steps, final
+    A plain function, since a checkpoint would keep the attributes of an object: a run that goes on with another number
+    of steps shall follow the new schedule.
+    """
 
-    def __call__(self, step):
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        progress = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
-        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
+    def share(step):
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return share
 
 
 class Progress(TrainerCallback):
