@@ -1,0 +1,126 @@
+"""`visualrwkv score` and `visualrwkv export`: from prediction files to numbers, without a model."""
+
+import json
+import sys
+from pathlib import Path
+
+from visualrwkv.errors import InputError
+from visualrwkv.eval import benchmark
+from visualrwkv.eval.predictions import join
+from visualrwkv.eval.scores import rounded, table
+
+RUN_FILE = "run.json"
+
+
+def score(arguments):
+    """Print the score of a benchmark."""
+    bench = open_benchmark(arguments)
+    result = score_files(bench, arguments.predictions, arguments.protocol, arguments.require_complete, arguments.seed)
+    print(json.dumps(result, ensure_ascii=False) if arguments.json else table(result))
+
+
+def export(arguments):
+    """Write the upload file of a benchmark's server: of the test split where its questions are there."""
+    bench = open_benchmark(arguments)
+    if arguments.split is None and "test" in bench.splits and bench.has("test"):
+        bench.split = "test"
+    if hasattr(bench, "fill_missing"):
+        bench.fill_missing = arguments.fill_missing
+    elif arguments.fill_missing:
+        raise InputError(f"--fill-missing is for vizwiz; the file of {bench.name} leaves missing answers empty")
+    check_run(bench, arguments.predictions)
+    questions = bench.exported()
+    found = join(bench, questions, arguments.predictions)
+    report_gaps(bench, found, arguments.require_complete)
+    bench.export(questions, found.answers, arguments.out)
+    print(arguments.out)
+
+
+def open_benchmark(arguments):
+    """The benchmark that the command line names."""
+    names = ("split", "questions", "images")
+    options = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
+    settings = ("sqa_suffix", "ocr")
+    options |= {name: getattr(arguments, name) for name in settings if getattr(arguments, name, None) is not None}
+    return benchmark(arguments.benchmark, arguments.data, **options)
+
+
+def score_files(bench, paths, protocol=None, require_complete=False, seed=0, each=False):
+    """The score of prediction files as one JSON object.
+
+    Args:
+        bench: a `common.Benchmark`.
+        paths: prediction files or run folders.
+        protocol: one of `bench.protocols`; the first by default.
+        require_complete: a missing prediction is an error rather than wrong.
+        seed: of the bootstrap.
+        each: add the score of every question, for the report.
+    """
+    if protocol is not None and protocol not in bench.protocols:
+        known = ", ".join(bench.protocols) or "none"
+        raise InputError(f"protocol {protocol!r} is not one of {bench.title}'s: {known}")
+    run = check_run(bench, paths)
+    questions = bench.scored()
+    gold = bench.gold(questions)
+    found = join(bench, questions, paths)
+    report_gaps(bench, found, require_complete)
+    protocol = protocol or next(iter(bench.protocols))
+    scores = bench.judge(questions, gold, found.answers, protocol, seed)
+    result = {
+        "benchmark": bench.name,
+        "title": bench.title,
+        "split": bench.split,
+        "protocol": {"name": protocol, "rule": bench.protocols[protocol], "note": bench.note, "run": run},
+        "metric": scores.metric,
+        "score": scores.value,
+        "interval": list(scores.interval),
+        "questions": len(questions),
+        "missing": len(found.missing),
+        "unknown": found.unknown,
+        "scores": scores.values,
+        "breakdown": scores.groups,
+    }
+    if each:
+        result["each"] = list(zip(questions, gold, found.answers, scores.points, strict=True))
+        return result
+    return rounded(result)
+
+
+def check_run(bench, paths):
+    """Settings of the run that wrote the files, {} if they are not ours; refuses those of another benchmark."""
+    settings = {}
+    for path in map(Path, paths):
+        file = (path if path.is_dir() else path.parent) / RUN_FILE
+        run = read_run(file)
+        if run and run["benchmark"] != bench.name:
+            raise InputError(f"{path}: holds predictions of {run['benchmark']}, not of {bench.name}; see {file}")
+        settings = settings or run
+    shown = ("model", "prompt", "max_new_tokens", *bench.settings)
+    return {name: settings[name] for name in shown if name in settings}
+
+
+def read_run(file):
+    """The settings that a run folder was made with, {} if there are none."""
+    try:
+        run = json.loads(file.read_text(encoding="utf-8"))
+        return run if isinstance(run["benchmark"], str) else {}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{file}: cannot be read ({type(error).__name__}); remove it, or the run it belongs to"
+        ) from None
+
+
+def report_gaps(bench, found, require_complete):
+    """Say on stderr what was missing or left over."""
+    if found.unknown:
+        print(f"{found.unknown} predictions belong to no question and were left out, the first: {found.first_unknown}",
+              file=sys.stderr)  # fmt: skip
+    if found.missing:
+        text = (
+            f"{len(found.missing)} of {len(found.answers)} questions have no prediction (first: id {found.missing[0]})"
+        )
+        if require_complete:
+            raise InputError(f"{bench.title}: {text}; finish the run, or leave out --require-complete")
+        print(text, file=sys.stderr)
