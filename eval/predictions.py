@@ -59,11 +59,17 @@ class Predictions:
     missing: list = field(default_factory=list)
 
 
-def join(bench, questions, paths):
+def join(bench, questions, paths, nothing_is_fine=False):
     """Find the prediction of every question.
 
     Where an id occurs more than once (TextVQA, MME) a record belongs to the question whose number it carries, or whose
     words its prompt holds, or else to the next one in the order of the file.
+
+    Args:
+        bench: the benchmark.
+        questions: its questions.
+        paths: files and run folders.
+        nothing_is_fine: accept files of which no record fits.
 
     Raises:
         InputError: no record fits the questions, or a record's prompt asks something else.
@@ -94,7 +100,7 @@ def join(bench, questions, paths):
                     f"{bench.name}, split {bench.split}"
                 )
             result.answers[place] = record["text"]
-    if all(answer is None for answer in result.answers):
+    if not nothing_is_fine and all(answer is None for answer in result.answers):
         where = result.first_unknown or ", ".join(map(str, paths))
         raise InputError(
             f"{where}: no prediction fits a question of {bench.title}, split {bench.split} "
