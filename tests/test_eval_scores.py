@@ -525,6 +525,7 @@ def test_scoring_never_imports_torch():
 import sys
 from visualrwkv.cli import main
 
+import visualrwkv.eval.report
 code = main(sys.argv[1:])
 assert not {"torch", "transformers", "PIL"} & set(sys.modules), "a model library was imported"
 sys.exit(code)
