@@ -61,6 +61,7 @@ VIZWIZ_CONTRACTIONS = {
 }
 
 
+@lru_cache(maxsize=1 << 18)
 def spaces(text):
     """Line breaks and tabs as spaces, ends stripped: what the VQA evaluators do to every answer."""
     return text.replace("\n", " ").replace("\t", " ").strip()

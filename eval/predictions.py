@@ -13,7 +13,7 @@ from visualrwkv.prompt import MARKER
 
 
 def read_records(path):
-    """(line number, record) of every complete record of a file; cut lines and lines without a text are left out."""
+    """(line number, id, record) of every complete record of a file; cut lines and lines without a text are left out."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             for number, line in enumerate(file, 1):
@@ -21,15 +21,20 @@ def read_records(path):
                     record = json.loads(line)
                 except ValueError:
                     continue
-                if isinstance(record, dict) and isinstance(record.get("text"), str) and record_id(record) is not None:
-                    yield number, record
+                if isinstance(record, dict) and isinstance(record.get("text"), str):
+                    id = record_id(record)
+                    if id is not None:
+                        yield number, id, record
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}; pass the file that the run wrote") from None
 
 
 def record_id(record):
-    """The id of a record, whatever it is called."""
-    return next((record[name] for name in ("question_id", "id", "index") if record.get(name) is not None), None)
+    """The id of a record, whatever it is called; None without one."""
+    for name in ("question_id", "id", "index"):
+        if record.get(name) is not None:
+            return record[name]
+    return None
 
 
 def prediction_files(paths):
@@ -80,12 +85,12 @@ def join(bench, questions, paths, nothing_is_fine=False):
     result = Predictions([None] * len(questions))
     for path in prediction_files(paths):
         turn: dict[str, int] = {}  # records without any hint, by id
-        for number, record in read_records(path):
-            key = bench.key(record_id(record))
+        for number, id, record in read_records(path):
+            key = bench.key(id)
             places = slots.get(key)
             if not places:
                 result.unknown += 1
-                result.first_unknown = result.first_unknown or f"{path}, line {number}: id {record_id(record)!r}"
+                result.first_unknown = result.first_unknown or f"{path}, line {number}: id {id!r}"
                 continue
             place = places[0]
             if len(places) > 1:
@@ -95,7 +100,7 @@ def join(bench, questions, paths, nothing_is_fine=False):
                     turn[key] = turn.get(key, 0) + 1
             elif not asks(record, questions[place]):
                 raise InputError(
-                    f"{path}, line {number}: id {record_id(record)!r} answers another question than "
+                    f"{path}, line {number}: id {id!r} answers another question than "
                     f"{bench.title} asks under this id ({first_line(questions[place])!r}); pass the predictions of "
                     f"{bench.name}, split {bench.split}"
                 )

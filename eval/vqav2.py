@@ -93,10 +93,10 @@ class VQAv2(Benchmark):
         with understood(path, what):
             by_id = {}
             for record in content["annotations"]:
+                if not isinstance(record["answers"][0], str):
+                    raise ValueError(f"the answers of question {record['question_id']} lack answer_confidence")
                 kinds = intern(record["answer_type"]), intern(record["question_type"])
                 by_id[record["question_id"]] = (record["answers"], *kinds)
-                if not all(isinstance(answer, str) for answer in record["answers"]):
-                    raise ValueError(f"the answers of question {record['question_id']} lack answer_confidence")
         for question in questions:
             if question.id not in by_id:
                 raise InputError(f"{path}: no annotation of question {question.id}, which {self.source} asks; "
