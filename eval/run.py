@@ -288,13 +288,16 @@ def load_model(arguments):
     """The model, on the device of this process."""
     from visualrwkv.loading import load
 
-    device = "auto"
-    if "LOCAL_RANK" in os.environ:
-        import torch
+    return load(arguments.model, device=own_device(), prompt=arguments.prompt)
 
-        if torch.cuda.is_available():
-            device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
-    return load(arguments.model, device=device, prompt=arguments.prompt)
+
+def own_device():
+    """Auto, or under torchrun a CUDA device for each process of a machine."""
+    import torch
+
+    if "LOCAL_RANK" not in os.environ or not torch.cuda.is_available():
+        return "auto"
+    return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
 
 
 def describe(arguments, bench, questions):
