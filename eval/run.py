@@ -5,7 +5,7 @@ line each. A started run reads all lines that are there, whatever shards wrote t
 
 1. The questions of the shard that have no prediction are cut into windows, the questions about one picture together.
 2. Threads read the pictures of the next window while the model works on this one; each picture is encoded once.
-3. The questions of a window are sorted by length and answered in batches; padding changes no answer.
+3. The questions of a window, equal ones once, are sorted by length and answered in batches; padding changes no answer.
 """
 
 import contextlib
@@ -154,19 +154,21 @@ class Answerer:
     def _window(self, window, pixels):
         pixels = {image: job.result() for image, job in pixels.items()}
         broken = {image: reason for image, reason in pixels.items() if isinstance(reason, str)}
+        asked = {}  # POPE asks the same about a picture in all three categories: once is enough
         for question in window:
             if question.image in broken:
                 yield Answer(question, error=broken[question.image])
+            else:
+                asked.setdefault((question.image, question.text), []).append(question)
         features = self._encode({image: value for image, value in pixels.items() if image not in broken})
-        rows = [self._row(question) for question in window if question.image not in broken]
+        rows = [(twins, *self._encode_prompt(twins[0])) for twins in asked.values()]
         rows.sort(key=lambda row: len(row[1]))
         for start in range(0, len(rows), self.batch_size):
             batch = rows[start : start + self.batch_size]
-            texts = self._ask(
-                [ids for _, ids, _ in batch], [features[q.image] for q, *_ in batch if q.image in features]
-            )
-            for (question, _, prompt), text in zip(batch, texts, strict=True):
-                yield Answer(question, prompt, text)
+            images = [twins[0].image for twins, *_ in batch]
+            texts = self._ask([ids for _, ids, _ in batch], [features[image] for image in images if image in features])
+            for (twins, _, prompt), text in zip(batch, texts, strict=True):
+                yield from (Answer(question, prompt, text) for question in twins)
 
     def _encode(self, pixels):
         """{picture: features (1, num_image_tokens, D)}; None stands for no picture."""
@@ -186,13 +188,13 @@ class Answerer:
             )
         return features
 
-    def _row(self, question):
-        """(question, ids, prompt)."""
+    def _encode_prompt(self, question):
+        """Ids and string of a question's prompt."""
         processor, turns = self.vlm.processor, [question.turn()]
         ids, _ = processor.encode_turns(turns, open_reply=True)
         if question.image is None and self.blank:
             ids = [processor.image_token_id] * processor.num_image_tokens + ids
-        return question, ids, prompt_text(question, processor.prompt)
+        return ids, prompt_text(question, processor.prompt)
 
     def _ask(self, rows, features):
         import torch

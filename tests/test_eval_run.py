@@ -143,13 +143,26 @@ def test_a_batch_answers_as_single_questions_and_encodes_a_picture_once(vlm, sce
     assert answers[5][questions[0].id].text == vlm.ask(picture, text, max_new_tokens=6)
 
 
+def test_equal_questions_about_a_picture_are_asked_once(vlm, scenes, monkeypatch):
+    bench = benchmark("pope", scenes / "pope")
+    questions = bench.questions()
+    asked = []
+    original = Answerer._ask
+    monkeypatch.setattr(Answerer, "_ask", lambda self, rows, *more: asked.extend(rows) or original(self, rows, *more))
+    answers = {a.question.id: a for a in Answerer(vlm, bench, 8, max_new_tokens=3).answers(questions)}
+    assert set(answers) == {question.id for question in questions}
+    assert len(asked) == len({(question.image, question.text) for question in questions}) < len(questions)
+    for question in questions[::9]:
+        assert answers[question.id].text == vlm.ask(bench.picture(question), question.text, max_new_tokens=3)
+
+
 def test_questions_without_a_picture_may_be_shown_an_empty_one(vlm, scenes):
     bench = benchmark("scienceqa", scenes / "scienceqa")
     questions = [question for question in bench.questions() if question.image is None] + bench.questions()[:1]
     assert len(questions) > 1
     plain = [a.text for a in Answerer(vlm, bench, 2, max_new_tokens=6).answers(questions)]
     answerer = Answerer(vlm, bench, 2, max_new_tokens=6, blank=True)
-    _, ids, prompt = answerer._row(questions[0])
+    ids, prompt = answerer._encode_prompt(questions[0])
     places = vlm.processor.num_image_tokens
     assert ids[:places] == [vlm.processor.image_token_id] * places and "<image>" not in prompt
     blank = [a.text for a in answerer.answers(questions)]
