@@ -98,7 +98,7 @@ class Benchmark:
         """Questions of the records of a LLaVA question file; no other field of a record is looked at."""
         for record in records:
             names = [name for name in ("question_id", "id", "index") if name in record]
-            yield Question(record[names[0]], record["text"], record.get("image"), record.get("category"))
+            yield Question(record[names[0]], record["text"], record["image"], record.get("category"))
 
     def convert(self):
         """Questions of the official files, in the words of the LLaVA pack."""
@@ -109,6 +109,8 @@ class Benchmark:
         seen = Counter()
         result = []
         for question in questions:
+            if not isinstance(question.id, (int, str)) or not isinstance(question.text, str) or not question.text:
+                raise InputError(f"{self.source}: the question with id {question.id!r} has no text; repair the file")
             key = self.key(question.id)
             question.number = seen[key]
             seen[key] += 1

@@ -80,7 +80,11 @@ class ScienceQA(Benchmark):
                 yield Question(id, text, f"{id}/{problem['image']}" if problem["image"] else None)
 
     def gold(self, questions):
-        return [problem for _, problem in self._problems()]
+        problems = [problem for _, problem in self._problems()]
+        with understood(self.data / "problems.json", "ScienceQA's problems.json with answers"):
+            for problem in problems:
+                _ = LETTERS[problem["answer"]], problem["subject"], problem["grade"], problem["topic"]
+        return problems
 
     def letters(self, gold, answers, protocol="paper"):
         """The letter of each answer, None where it is missing or unclear."""

@@ -73,7 +73,9 @@ def mean_scores(metric, points, answers, breakdowns=None, counted=None, seed=0):
         metric=metric,
         value=100 * float(ratio(points[inside].sum(), inside.sum())),
         interval=bootstrap(rows, lambda totals: 100 * ratio(totals[:, 0], totals[:, 1]), seed),
-        values={f"{metric} of the answered": 100 * float(ratio(points[done].sum(), done.sum()))},
+        values={}
+        if (done == inside).all()
+        else {f"{metric} of the answered": 100 * float(ratio(points[done].sum(), done.sum()))},
         groups={title: group_means(points, names) for title, names in (breakdowns or {}).items()},
         points=[float(point) for point in points],
     )

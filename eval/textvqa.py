@@ -67,10 +67,11 @@ class TextVQA(Benchmark):
         path, records = self._records()
         if any("answers" not in record for record in records):
             raise InputError(f"{path}: holds no answers; use `visualrwkv export textvqa` for the test split")
-        return records
+        with understood(path, "an annotation file of TextVQA with answers"):
+            return [[str(answer) for answer in record["answers"]] for record in records]
 
     def judge(self, questions, gold, answers, protocol, seed=0):
-        points = [_accuracy(answer, record["answers"]) for answer, record in zip(answers, gold, strict=True)]
+        points = [_accuracy(answer, references) for answer, references in zip(answers, gold, strict=True)]
         return mean_scores("accuracy", points, answers, seed=seed)
 
     def export(self, questions, answers, out):

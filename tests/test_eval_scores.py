@@ -454,6 +454,24 @@ def wrong_calls(tmp_path):
     ]  # fmt: skip
 
 
+def test_question_files_of_another_kind_are_refused(tmp_path, capsys):
+    lines = {
+        "it lacks 'image'": '{"question_id": 1, "text": "What?"}',
+        "the question with id 7 has no text": '{"question_id": 7, "text": null, "image": "a.jpg"}',
+        "not a file of JSON lines": "question,answer",
+        "there is no question of GQA in it": "",
+    }
+    for words_, line in lines.items():
+        (tmp_path / "q.jsonl").write_text(line + "\n")
+        code, out, err = run_cli(capsys, "eval", "gqa", "--data", tmp_path, "--questions", tmp_path / "q.jsonl",
+                                 "--out", tmp_path / "run")  # fmt: skip
+        assert code == 2 and out == "" and err.count("\n") == 1
+        assert (
+            f"{tmp_path / 'q.jsonl'}: {words_}" in err
+            or f"q.jsonl: not a question file in the LLaVA form: {words_}" in err
+        )
+
+
 def test_what_cannot_be_scored_is_one_line(tmp_path, capsys):
     for words_, name, data, predictions, *more in wrong_calls(tmp_path):
         code, out, err = run_cli(capsys, "score", name, "--data", data, "--predictions", predictions, *more)
