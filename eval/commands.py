@@ -16,7 +16,7 @@ RUN_FILE = "run.json"
 
 def score(arguments):
     """Print the score of a benchmark."""
-    bench = open_benchmark(arguments)
+    bench = open_benchmark(arguments, run_of(arguments.predictions))
     with no_collections():
         result = score_files(
             bench, arguments.predictions, arguments.protocol, arguments.require_complete, arguments.seed
@@ -26,8 +26,10 @@ def score(arguments):
 
 def export(arguments):
     """Write the upload file of a benchmark's server: of the test split where its questions are there."""
-    bench = open_benchmark(arguments)
-    if arguments.split is None and "test" in bench.splits and bench.has("test"):
+    run = run_of(arguments.predictions)
+    bench = open_benchmark(arguments, run)
+    # the server takes all of test, of which test-dev is a part
+    if arguments.split is None and run.get("split") in (None, "test-dev") and bench.has("test"):
         bench.split = "test"
     if hasattr(bench, "fill_missing"):
         bench.fill_missing = arguments.fill_missing
@@ -53,13 +55,29 @@ def no_collections():
             gc.enable()
 
 
-def open_benchmark(arguments):
-    """The benchmark that the command line names."""
-    names = ("split", "questions", "images")
-    options = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
-    settings = ("sqa_suffix", "ocr")
-    options |= {name: getattr(arguments, name) for name in settings if getattr(arguments, name, None) is not None}
+def open_benchmark(arguments, run=None):
+    """The benchmark that the command line names; what it leaves open is as in the run that wrote the predictions."""
+    run = run if run and run["benchmark"] == arguments.benchmark else {}
+    names = {
+        "split": "split",
+        "questions": "question_file",
+        "images": "images",
+        "sqa_suffix": "sqa_suffix",
+        "ocr": "ocr",
+    }
+    options = {}
+    for name, in_run in names.items():
+        value = getattr(arguments, name, None)
+        value = run.get(in_run) if value is None else value
+        if value is not None:
+            options[name] = value
     return benchmark(arguments.benchmark, arguments.data, **options)
+
+
+def run_of(paths):
+    """Settings of the run that wrote the first of these files that a run wrote, {} if they are not ours."""
+    folders = (path if path.is_dir() else path.parent for path in map(Path, paths))
+    return next(filter(None, (read_run(folder / RUN_FILE) for folder in folders)), {})
 
 
 def score_files(bench, paths, protocol=None, require_complete=False, seed=0, each=False):
@@ -105,13 +123,13 @@ def score_files(bench, paths, protocol=None, require_complete=False, seed=0, eac
 
 def check_run(bench, paths):
     """Settings of the run that wrote the files, {} if they are not ours; refuses those of another benchmark."""
-    settings = {}
-    for path in map(Path, paths):
-        file = (path if path.is_dir() else path.parent) / RUN_FILE
-        run = read_run(file)
+    for path in paths:
+        run = run_of([path])
         if run and run["benchmark"] != bench.name:
-            raise InputError(f"{path}: holds predictions of {run['benchmark']}, not of {bench.name}; see {file}")
-        settings = settings or run
+            raise InputError(
+                f"{path}: holds predictions of {run['benchmark']}, not of {bench.name}; see its {RUN_FILE}"
+            )
+    settings = run_of(paths)
     shown = ("model", "prompt", "max_new_tokens", *bench.settings)
     return {name: settings[name] for name in shown if name in settings}
 

@@ -77,7 +77,7 @@ class Benchmark:
 
     def has(self, split):
         """Whether the questions of a split are in the folder."""
-        names = (*self.splits[split], *self.official(split))
+        names = (*self.splits[split], *self.official(split)) if split in self.splits else ()
         return any((self.data / name).exists() for name in names)
 
     def official(self, split):

@@ -108,6 +108,8 @@ def table(result):
     lines = [f"{result['title']}, {result['split']}; protocol {protocol['name']}: {protocol['rule']}"]
     if protocol.get("run"):
         lines.append("run: " + ", ".join(f"{name} {value}" for name, value in protocol["run"].items()))
+    if protocol["note"]:
+        lines.append(protocol["note"])
     missing = result["missing"]
     note = f", {missing} missing (counted as wrong)" if missing else ""
     width = max(map(len, [result["metric"], *result["scores"]]))

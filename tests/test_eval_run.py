@@ -326,6 +326,17 @@ def test_kill_9_loses_what_is_in_flight_and_nothing_else(random_folder, scenes, 
     assert set(counts.values()) == {1} and set(counts) == {q.id for q in benchmark("vqav2", data).questions()}
 
 
+def test_a_score_is_about_the_split_and_questions_of_the_run(loaded, scenes, tmp_path, capsys):
+    data, out = scenes / "scienceqa", tmp_path / "run"
+    assert run_cli("eval", "scienceqa", "--data", data, "--split", "val", "--out", out, *loaded) == 0
+    capsys.readouterr()
+    assert run_cli("score", "scienceqa", "--data", data, "--predictions", out, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["split"] == "val"
+    assert run_cli("export", "scienceqa", "--data", data, "--predictions", out, "--out", tmp_path / "up") == 0
+    call = ["score", "scienceqa", "--data", data, "--predictions", out, "--split", "test"]
+    assert run_cli(*call) == 2 and "no prediction fits" in capsys.readouterr().err
+
+
 # --- drawn scenes, end to end with the embedded model
 
 
