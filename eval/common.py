@@ -73,8 +73,6 @@ class Benchmark:
         self.split = split or next((one for one in self.splits if self.has(one)), next(iter(self.splits)))
         self.source = None  # the file that the questions came from
 
-    # --- questions
-
     def has(self, split):
         """Whether the questions of a split are in the folder."""
         names = (*self.splits[split], *self.official(split)) if split in self.splits else ()
@@ -132,8 +130,6 @@ class Benchmark:
             raise InputError(f"no picture {question.image}; it belongs to {places}, or pass its folder with --images")
         return found
 
-    # --- scores
-
     def scored(self) -> list[Question]:
         """The questions that the score is about."""
         return self.numbered(self.convert())
@@ -153,8 +149,6 @@ class Benchmark:
     def export(self, questions, answers, out):
         """Write the upload file of the benchmark's server."""
         raise NotImplementedError
-
-    # --- files
 
     def find(self, *names, origin):
         """Path of the first of these files that is there; otherwise the error says where it belongs."""

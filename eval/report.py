@@ -151,7 +151,7 @@ def breakdown_table(title, runs):
 
 
 def differences(runs):
-    """Questions that not all runs answer equally well, the largest differences first."""
+    """Questions that the runs answer differently, those with the largest differences of scores first."""
     bench = runs[0]["bench"]
     entries = {}
     for number, run in enumerate(runs):
@@ -159,15 +159,14 @@ def differences(runs):
             if point is not None:
                 key = bench.key(question.id), question.number
                 entries.setdefault(key, (question, gold, {}))[2][number] = answer, point
-    differing = [
-        entry
-        for entry in entries.values()
-        if len(entry[2]) == len(runs) and len({point for _, point in entry[2].values()}) > 1
-    ]
+    shared = [entry for entry in entries.values() if len(entry[2]) == len(runs)]
+    differing = [entry for entry in shared if len({answer for answer, _ in entry[2].values()}) > 1]
     differing.sort(key=lambda entry: -_spread(entry))
+    matter = sum(_spread(entry) > 0 for entry in differing)
     cards = "".join(card(bench, runs, *entry) for entry in differing[:SHOWN])
-    shown = f", {SHOWN} of them below" if len(differing) > SHOWN else ""
-    return f'<h3>{len(differing)} questions with different scores{shown}</h3><div class="cards">{cards}</div>'
+    shown = f"; the first {SHOWN}" if len(differing) > SHOWN else ""
+    head = f"Questions answered differently: {len(differing)}, {matter} with different scores{shown}"
+    return f'<h3>{head}</h3><div class="cards">{cards}</div>'
 
 
 def _spread(entry):

@@ -230,9 +230,6 @@ def windows(questions, size):
         yield window
 
 
-# --- shards
-
-
 def chunk(count, shards, shard):
     """Positions of one shard: the reference's blocks of ceil(count / shards), empty where it would crash."""
     size = -(-count // shards)
@@ -249,9 +246,6 @@ def which_shard(text, environment):
         shard, shards = int(first), int(last)
     rank, world = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
     return shards * world, shard * world + rank
-
-
-# --- the run folder
 
 
 def earlier(bench, questions, out):

@@ -69,7 +69,10 @@ def test_two_runs_on_one_page(pope_runs):
     assert code == 0
     text = " ".join(" ".join(page.text).split())
     assert "POPE" in text and "70.73" in text and "prompt first" in text
-    assert "1 questions with different scores" in text and "Is there a kettle in the image?" in text
+    assert (
+        "Questions answered differently: 1, 1 with different scores" in text
+        and "Is there a kettle in the image?" in text
+    )
     assert "script" not in page.tags and "No <script>alert(1)</script>" in text
     (picture,) = page.sources
     assert picture.startswith("data:image/jpeg;base64,") and len(picture) < 20000
@@ -84,7 +87,7 @@ def test_a_run_alone_and_one_that_has_no_local_score(pope_runs, capsys):
     shutil.copy(GOLDEN / "mmvet/answers.jsonl", folder)
     code, page = report(pope_runs, "one", "vet")
     text = " ".join(page.text)
-    assert code == 0 and "graded by GPT-4" in text and "different scores" not in text
+    assert code == 0 and "graded by GPT-4" in text and "answered differently" not in text
     assert f"{folder}: not scored" in capsys.readouterr().err
 
 

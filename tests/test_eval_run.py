@@ -29,9 +29,6 @@ def records(folder):
     return [record for record in map(json.loads, lines) if "text" in record]
 
 
-# --- prompts and shards
-
-
 @pytest.fixture(scope="module")
 def prompts():
     return [json.loads(line) for line in (GOLDEN / "prompts/expected_prompts.jsonl").read_text().splitlines()]
@@ -112,9 +109,6 @@ def test_windows_keep_a_picture_together():
     assert images == [["a", "a", "a"], ["b", "b", None], ["c", None]]
 
 
-# --- batches
-
-
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory):
     """Drawn scenes in the official layouts, by benchmark."""
@@ -168,9 +162,6 @@ def test_questions_without_a_picture_may_be_shown_an_empty_one(vlm, scenes):
     blank = [a.text for a in answerer.answers(questions)]
     assert blank == [a.text for a in Answerer(vlm, bench, 1, max_new_tokens=6, blank=True).answers(questions)]
     assert blank != plain
-
-
-# --- runs
 
 
 @pytest.fixture
@@ -335,9 +326,6 @@ def test_a_score_is_about_the_split_and_questions_of_the_run(loaded, scenes, tmp
     assert run_cli("export", "scienceqa", "--data", data, "--predictions", out, "--out", tmp_path / "up") == 0
     call = ["score", "scienceqa", "--data", data, "--predictions", out, "--split", "test"]
     assert run_cli(*call) == 2 and "no prediction fits" in capsys.readouterr().err
-
-
-# --- drawn scenes, end to end with the embedded model
 
 
 @pytest.mark.parametrize("name", ["vqav2", "scienceqa", "pope"])

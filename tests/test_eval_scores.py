@@ -231,9 +231,6 @@ def test_seedbench():
     assert [bool(point) for point in points(result)] == [entry["correct"] for entry in want["per_question"]]
 
 
-# --- upload files
-
-
 def exported(name, out, *more, answers="answers.jsonl"):
     data = GOLDEN / name
     arguments = ["export", name, "--data", data, "--predictions", data / answers, "--out", out, *more]
@@ -328,9 +325,6 @@ def test_vizwiz_export_is_complete_or_refused(tmp_path, capsys):
     assert json.loads((tmp_path / "up.json").read_bytes())[0]["answer"] == "unanswerable"
 
 
-# --- normalisers
-
-
 def test_words_of_the_contraction_table():
     assert words("A dont She'dve The wont two None") == "don't she'd've won't 2 0"
     assert CONTRACTIONS["yall'd've"] == "y'all'd've" and CONTRACTIONS["somebody'd"] == "somebodyd"
@@ -362,9 +356,6 @@ def test_soft_accuracy_leaves_each_annotator_out():
     assert soft_accuracy(2, 5) == pytest.approx(np.mean(one_by_one))
 
 
-# --- intervals
-
-
 def test_the_interval_is_that_of_resampled_questions():
     rng = np.random.default_rng(3)
     rows = np.stack([rng.choice([0, 0.3, 1], 400), np.ones(400)], 1)
@@ -374,9 +365,6 @@ def test_the_interval_is_that_of_resampled_questions():
     again = bootstrap(rows, lambda totals: ratio(totals[:, 0], totals[:, 1]))
     other = bootstrap(rows, lambda totals: ratio(totals[:, 0], totals[:, 1]), seed=1)
     assert (low, high) == again != other
-
-
-# --- joining
 
 
 def test_a_cut_file_gives_its_complete_lines():
@@ -395,9 +383,6 @@ def test_missing_predictions_are_wrong_whatever_silence_would_parse_as(tmp_path)
     (tmp_path / "p.jsonl").write_text(lines[0] + "\n")
     result = score_files(benchmark("pope", GOLDEN / "pope"), [tmp_path / "p.jsonl"], each=True)
     assert sum(points(result)) == 1 and result["missing"] == len(questions) - 1
-
-
-# --- what users see
 
 
 def run_cli(capsys, *arguments):
@@ -486,9 +471,6 @@ def test_another_revision_of_pope_is_refused(tmp_path, capsys):
     (tmp_path / "questions.jsonl").write_text((GOLDEN / "pope/questions.jsonl").read_text())
     code, _, err = run_cli(capsys, "score", "pope", "--data", tmp_path, "--predictions", GOLDEN / "pope/answers.jsonl")
     assert code == 2 and "coco_pope_popular.json: its line for id 10000001" in err and "revision" in err
-
-
-# --- the gold side stays outside
 
 
 def without_answers(name, source, target):
