@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 from collections import defaultdict
+from functools import cached_property
 
 from visualrwkv.eval.common import LETTERS, OPTION, Benchmark, Question, letters, understood, write_text
 from visualrwkv.eval.normalise import option_letter
@@ -60,9 +61,12 @@ class MMBench(Benchmark):
         """The bytes of a picture; a rotated row of the newer files names the row that has it."""
         image = self._image(question.image)
         if len(image) < 32 and image.isdigit():
-            offsets = {int(row["index"]): offset for offset, row in self._rows()}
-            image = self._image(offsets[int(image)])
+            image = self._image(self._offsets[int(image)])
         return base64.b64decode(image)
+
+    @cached_property
+    def _offsets(self):
+        return {int(row["index"]): offset for offset, row in self._rows()}
 
     def _image(self, offset):
         with open(self.source, "rb") as file:

@@ -1,5 +1,6 @@
 """Runs: prompts and shards as the reference has them, resuming, batches, and scores of drawn scenes end to end."""
 
+import base64
 import json
 import os
 import shutil
@@ -148,6 +149,23 @@ def test_equal_questions_about_a_picture_are_asked_once(vlm, scenes, monkeypatch
     assert len(asked) == len({(question.image, question.text) for question in questions}) < len(questions)
     for question in questions[::9]:
         assert answers[question.id].text == vlm.ask(bench.picture(question), question.text, max_new_tokens=3)
+
+
+def test_pictures_in_a_tsv_are_read_where_they_stand(tmp_path):
+    source = GOLDEN / "mmbench/mmbench_dev_made_up.tsv"
+    header, *rows = [line.split("\t") for line in source.read_text(encoding="utf-8").splitlines()]
+    at = header.index("image")
+    whole = {row[0]: base64.b64decode(row[at]) for row in rows}
+    rows[0][header.index("hint")] = '"two\nlines, and é"'  # offsets count bytes, and a cell may hold a line break
+    for row in rows:
+        if len(row[0]) > 3:  # the newer files name the row that has the picture
+            row[at] = row[0][-3:]
+    text = "\n".join("\t".join(row) for row in [header, *rows]) + "\n"
+    (tmp_path / "mmbench_dev_en.tsv").write_text(text, encoding="utf-8")
+    bench = benchmark("mmbench", tmp_path)
+    questions = bench.questions()
+    assert [bench.picture(question) for question in questions] == [whole[str(q.id)[-3:]] for q in questions]
+    assert questions[0].text.startswith("two\nlines, and é\n")
 
 
 def test_questions_without_a_picture_may_be_shown_an_empty_one(vlm, scenes):
