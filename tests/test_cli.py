@@ -123,7 +123,8 @@ finally:
 def test_commands_are_those_that_exist():
     """A verb is listed once it works."""
     actions = [action for action in cli.build_parser()._actions if action.choices]
-    assert list(actions[0].choices) == ["ask", "chat", "scenes", "train", "convert", "info"]
+    verbs = ["ask", "chat", "scenes", "train", "convert", "eval", "score", "export", "report", "info"]
+    assert list(actions[0].choices) == verbs
 
 
 @pytest.fixture

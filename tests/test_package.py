@@ -107,7 +107,8 @@ def test_auto_classes_know_us(random_folder, first, second):
 
 def imports_of(path):
     """(module, whether at module level) for every import of a file; names inside this package without its name."""
-    package = ".".join(("visualrwkv", *path.relative_to(PACKAGE).parent.parts))
+    inside = path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else ROOT)
+    package = ".".join(("visualrwkv", *inside.parent.parts))
 
     def walk(node, top):
         for child in ast.iter_child_nodes(node):
@@ -163,6 +164,22 @@ def test_nothing_imports_the_app_or_the_evaluation():
     for path in PACKAGE.rglob("*.py"):
         for name, _ in imports_of(path):
             assert not re.match(r"(visualrwkv\.)?(demo|eval)(\.|$)|gradio", name), path
+
+
+def test_the_evaluation_uses_public_names():
+    allowed = {"errors", "prompt", "chat", "loading", "image_processing", "streaming", "eval"}
+    seen = set()
+    for path in (ROOT / "eval").glob("*.py"):
+        for name, top in imports_of(path):
+            package, *parts = name.split(".")
+            if package == "visualrwkv" and parts:
+                seen.add(parts[0])
+                assert parts[0] in allowed and not parts[-1].startswith("_"), f"{path.name} imports {name}"
+            slow = {"torch", "transformers", "PIL", "lmms_eval", "tqdm"}  # scoring works without them
+            light = ("visualrwkv.errors", "visualrwkv.prompt", "visualrwkv.eval")
+            if top and path.name != "lmms.py":
+                assert package not in slow and (package != "visualrwkv" or name.startswith(light)), (path.name, name)
+    assert seen  # the folder was found
 
 
 @pytest.fixture(scope="module")

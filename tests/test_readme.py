@@ -39,7 +39,10 @@ def test_python_examples(code):
 def test_every_command_is_shown_and_parses():
     parsed = [cli.build_parser().parse_args(command[1:]) for command in COMMANDS]
     shown = {command[1] for command in COMMANDS}
-    assert len(parsed) > len(shown) and shown == {"ask", "chat", "scenes", "train", "convert", "info"}
+    assert len(parsed) > len(shown) and shown == {
+        *("ask", "chat", "scenes", "train", "convert", "info"),
+        *("eval", "score", "export", "report"),
+    }
 
 
 def test_short_commands_run(capsys):

@@ -6,6 +6,7 @@ output has gone.
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import sys
@@ -88,9 +89,54 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("source", metavar="SRC")
     convert.add_argument("target", metavar="DST")
 
+    _evaluation(commands)
+
     info = _command(commands, "info", run_info, "versions and devices; sizes and costs of a model")
     info.add_argument("model", metavar="MODEL", nargs="?", help="folder, .pth file or Hub name")
     return parser
+
+
+def _evaluation(commands):
+    """The commands of visualrwkv.eval."""
+    evaluate = _command(commands, "eval", run_eval, "answer the questions of a benchmark, going on where a run stopped")
+    _benchmark_options(evaluate)
+    evaluate.add_argument("--out", metavar="DIR", required=True, help="folder of the run")
+    evaluate.add_argument("--model", metavar="M", help="folder, .pth file, owner/repo or owner/repo:file.pth")
+    evaluate.add_argument("--prompt", choices=POSITIONS, help="where the picture stands")
+    evaluate.add_argument("--images", metavar="DIR", help="picture folder, if it is not under --data")
+    evaluate.add_argument("--shard", metavar="k/n", help="only part k of n, counted from 0")
+    evaluate.add_argument("--batch-size", metavar="B", type=int, default=1, help="questions at a time (default 1)")
+    evaluate.add_argument("--max-new-tokens", metavar="N", type=int, default=128, help="longest answer (default 128)")
+    evaluate.add_argument("--workers", metavar="W", type=int, default=2, help="threads that read pictures (default 2)")
+    evaluate.add_argument("--blank-image", choices=("auto", "yes", "no"), default="auto",
+                          help="show questions without a picture an empty one (auto: .pth checkpoints)")  # fmt: skip
+    evaluate.add_argument("--force", action="store_true", help="go on although the settings of the run differ")
+
+    score = _command(commands, "score", run_score, "score predictions, without a model")
+    export = _command(commands, "export", run_export, "write the upload file of a benchmark's server")
+    for parser in (score, export):
+        _benchmark_options(parser)
+        parser.add_argument("--predictions", metavar="FILES", nargs="+", required=True, help="files or run folders")
+        parser.add_argument("--require-complete", action="store_true", help="a missing prediction is an error")
+    score.add_argument("--protocol", metavar="P", help="another way to judge; a wrong name lists them")
+    score.add_argument("--seed", metavar="S", type=int, default=0, help="of the interval (default 0)")
+    score.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    export.add_argument("--out", metavar="FILE", required=True, help="file to write (pope, mme: folder)")
+    export.add_argument("--fill-missing", action="store_true", help="vizwiz: write unanswerable for missing answers")
+
+    report = _command(commands, "report", run_report, "compare runs on one HTML page")
+    report.add_argument("runs", metavar="RUN", nargs="+", help="folders that `visualrwkv eval` wrote")
+    report.add_argument("--out", metavar="FILE", default="report.html", help="page to write (default report.html)")
+    report.add_argument("--data", metavar="DIR", help="folder of the benchmark's files, if it has moved since the run")
+
+
+def _benchmark_options(parser):
+    parser.add_argument("benchmark", metavar="BENCHMARK", help="vqav2, scienceqa, ...; a wrong name lists them")
+    parser.add_argument("--data", metavar="DIR", required=True, help="official files, or the LLaVA pack")
+    parser.add_argument("--split", metavar="S", help="by default the first whose questions are there")
+    parser.add_argument("--questions", metavar="FILE", help="question file in the LLaVA form")
+    parser.add_argument("--sqa-suffix", choices=("none", "option"), help="scienceqa: ask for the letter (default none)")
+    parser.add_argument("--ocr", action=argparse.BooleanOptionalAction, help="textvqa: OCR words (default yes)")
 
 
 def _command(commands, name, run, text):
@@ -213,6 +259,30 @@ def run_convert(arguments):
 
     for path in checkpoints.convert(arguments.source, arguments.target):
         print(path)
+
+
+def run_eval(arguments):
+    """`visualrwkv eval`"""
+    return _eval_module("run").evaluate(arguments)
+
+
+def run_score(arguments):
+    """`visualrwkv score`"""
+    return _eval_module("commands").score(arguments)
+
+
+def run_export(arguments):
+    """`visualrwkv export`"""
+    return _eval_module("commands").export(arguments)
+
+
+def run_report(arguments):
+    """`visualrwkv report`"""
+    return _eval_module("report").write(arguments)
+
+
+def _eval_module(name):
+    return importlib.import_module(f"visualrwkv.eval.{name}")
 
 
 def run_info(arguments):

@@ -1,0 +1,102 @@
+"""VisualRWKV as a model of lmms-eval (extra `[lmms]`).
+
+`lmms-eval --model visualrwkv --model_args checkpoint=FOLDER,image_position=middle --tasks gqa,pope --batch_size 8`
+
+lmms-eval's prompts and scores are its own: they do not reproduce the numbers of papers, `visualrwkv eval` does.
+"""
+
+from lmms_eval.api.model import lmms
+from tqdm import tqdm
+
+from visualrwkv.errors import InputError
+from visualrwkv.eval.run import own_device
+from visualrwkv.loading import load
+from visualrwkv.prompt import MARKER
+
+_POSITIONS = {"middle": "sandwich", "sandwich": "sandwich", "first": "first", "last": "last"}
+_SINGLE_BEAM = (None, 1)
+
+
+class VisualRWKVForLmmsEval(lmms):
+    """Answers lmms-eval's "simple" requests: a context and the pictures of a document.
+
+    Args:
+        checkpoint: as in `visualrwkv.load`; the embedded model by default.
+        image_position: "middle" (the sandwich), "first" or "last"; by default what the checkpoint says.
+        batch_size: questions at a time.
+        device, dtype: as in `visualrwkv.load`; under several processes a CUDA device each.
+        max_new_tokens: for tasks that do not say it themselves.
+        max_batch_size: accepted for lmms-eval, which always passes it, and not needed.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        checkpoint=None,
+        image_position=None,
+        batch_size=1,
+        device=None,
+        dtype="auto",
+        max_new_tokens=128,
+        max_batch_size=None,
+    ):
+        super().__init__()
+        if image_position is not None and image_position not in _POSITIONS:
+            raise InputError(f"image_position is {image_position!r}; use one of {', '.join(_POSITIONS)}")
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise InputError(f"batch_size is {batch_size!r}; use a whole number from 1")
+        device = own_device() if device in (None, "cuda") else device
+        self.vlm = load(checkpoint, device=device, dtype=dtype, prompt=_POSITIONS.get(image_position))
+        self.batch_size, self.max_new_tokens = int(batch_size), int(max_new_tokens)
+        self.device = self.vlm.model.device
+
+    def generate_until(self, requests):
+        """Replies in the order of the requests; those with equal settings share batches."""
+        replies = [None] * len(requests)
+        groups = {}
+        for place, request in enumerate(requests):
+            groups.setdefault(repr(sorted(request.args[1].items())), []).append(place)
+        with tqdm(total=len(requests), unit="question", disable=self.rank != 0) as bar:
+            for places in groups.values():
+                places.sort(key=lambda place: len(requests[place].args[0]))
+                for start in range(0, len(places), self.batch_size):
+                    batch = places[start : start + self.batch_size]
+                    texts = self._ask([requests[place].args for place in batch])
+                    for place, text in zip(batch, texts, strict=True):
+                        context, options = requests[place].args[:2]
+                        self.cache_hook.add_partial("generate_until", (context, options), text)
+                        replies[place] = text
+                    bar.update(len(batch))
+        return replies
+
+    def _ask(self, batch):
+        """Replies to requests (context, options, doc_to_visual, doc_id, task, split) with equal options."""
+        options = batch[0][1]
+        questions = [context.replace(MARKER, "") for context, *_ in batch]
+        pictures = [to_visual(self.task_dict[task][split][id]) for _, _, to_visual, id, task, split in batch]
+        texts = self.vlm.ask([list(shown or ()) for shown in pictures], questions, **self._sampling(options))
+        until = options.get("until") or []
+        return [_cut(text, [until] if isinstance(until, str) else until) for text in texts]
+
+    def _sampling(self, options):
+        if options.get("num_beams") not in _SINGLE_BEAM:
+            raise InputError(f"num_beams is {options['num_beams']}; only one beam is searched here, pass num_beams=1")
+        sampling = {"max_new_tokens": int(options.get("max_new_tokens") or self.max_new_tokens)}
+        if options.get("do_sample", bool(options.get("temperature"))) and options.get("temperature"):
+            sampling |= {"temperature": float(options["temperature"]), "top_p": float(options.get("top_p") or 1.0)}
+        return sampling
+
+    def loglikelihood(self, requests):
+        """Not needed by the benchmarks of this project."""
+        raise NotImplementedError("VisualRWKV answers generate_until tasks; choose a task variant that generates")
+
+    def generate_until_multi_round(self, requests):
+        """Not needed by the benchmarks of this project."""
+        raise NotImplementedError("VisualRWKV answers generate_until tasks; choose a task of one round")
+
+
+def _cut(text, until):
+    """The text up to the first of the stop strings."""
+    places = [at for stop in until if stop and (at := text.find(stop)) >= 0]
+    return text[: min(places)].strip() if places else text

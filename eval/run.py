@@ -1,0 +1,342 @@
+"""`visualrwkv eval`: the answers of a model to a benchmark's questions, in a run that can be stopped at any moment.
+
+A run is a folder: `run.json` holds the settings, `<n>_<k>.jsonl` the predictions of shard k of n, one flushed
+line each. A started run reads all lines that are there, whatever shards wrote them, and does the rest.
+
+1. The questions of the shard that have no prediction are cut into windows, the questions about one picture together.
+2. Threads read the pictures of the next window while the model works on this one; each picture is encoded once.
+3. The questions of a window, equal ones once, are sorted by length and answered in batches; padding changes no answer.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from visualrwkv.errors import InputError
+from visualrwkv.eval.commands import RUN_FILE, open_benchmark, read_run
+from visualrwkv.eval.predictions import join
+from visualrwkv.prompt import build_prompt
+
+WINDOW = 4  # batches answered between two looks at the pictures; more would keep more features in memory
+# what the predictions of a run depend on; a model is the same if its fingerprint is
+_COMPARED = (
+    "benchmark",
+    "split",
+    "questions_sha256",
+    "fingerprint",
+    "dtype",
+    "prompt",
+    "max_new_tokens",
+    "blank_image",
+)
+
+
+def evaluate(arguments):
+    """Answer what is not yet answered of a benchmark, or of one shard of it."""
+    for name in ("batch_size", "max_new_tokens", "workers"):
+        if getattr(arguments, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; use a whole number from 1")
+    shards, shard = which_shard(arguments.shard, os.environ)
+    bench = open_benchmark(arguments)
+    questions = bench.questions()
+    out = Path(arguments.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be made: {error.strerror}; choose another --out") from None
+    own = chunk(len(questions), shards, shard)
+    settings = describe(arguments, bench, questions)
+    check_settings(out / RUN_FILE, settings, arguments.force)
+    with exclusive(out / f"{shards}_{shard}.jsonl") as file:
+        answers = earlier(bench, questions, out)
+        todo = [questions[index] for index in own if answers[index] is None]
+        if not todo:
+            # loading a model takes long and nothing is going to be mixed: its name tells enough
+            check_settings(out / RUN_FILE, {"model": settings["model"]}, arguments.force, ["model"])
+            print(f"{file.name}: all {len(own)} predictions are there", file=sys.stderr)
+            return
+        vlm = load_model(arguments)
+        settings |= describe_model(vlm)
+        check_settings(out / RUN_FILE, settings, arguments.force)
+        write_settings(out / RUN_FILE, settings)
+        end_line(file)
+        answerer = Answerer(
+            vlm, bench, arguments.batch_size, arguments.max_new_tokens, arguments.workers, settings["blank_image"]
+        )
+        failed = write_answers(answerer, todo, len(own), file, settings["model"])
+    if failed:
+        (first, reason), *_ = failed
+        raise InputError(
+            f"id {first.id!r}: {reason}; {len(failed)} of {len(own)} questions are unanswered, all other predictions "
+            f"are in {out}; repair the pictures and run the same command again"
+        )
+
+
+def write_answers(answerer, todo, total, file, model_id):
+    """Write a line for each answer; returns (question, reason) of those that could not be asked."""
+    from tqdm import tqdm
+
+    failed = []
+    quiet = os.environ.get("RANK", "0") != "0"
+    with tqdm(total=total, initial=total - len(todo), unit="question", file=sys.stderr, disable=quiet) as bar:
+        for answer in answerer.answers(todo):
+            question = answer.question
+            image = question.image if isinstance(question.image, str) else None
+            record = {"question_id": question.id}
+            if answer.error is None:
+                record |= {"prompt": answer.prompt, "text": answer.text, "model_id": model_id}
+            else:
+                record["error"] = answer.error
+                failed.append((question, answer.error))
+            record["metadata"] = {"image_file": image, "number": question.number}
+            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            bar.update()
+    return failed
+
+
+@dataclass
+class Answer:
+    """What became of one question: the text of the reply, or the reason why it could not be asked."""
+
+    question: object
+    prompt: str | None = None
+    text: str | None = None
+    error: str | None = None
+
+
+class Answerer:
+    """Answers questions in batches; the answers are those of batch size 1.
+
+    Args:
+        vlm: a `visualrwkv.VisualRWKV`.
+        bench: the benchmark, which knows where pictures are.
+        batch_size: questions at a time.
+        max_new_tokens: longest answer.
+        workers: threads that read pictures ahead.
+        blank: show questions without a picture all-zero features, as VisualRWKV v6.0 was evaluated.
+    """
+
+    def __init__(self, vlm, bench, batch_size=1, max_new_tokens=128, workers=2, blank=False):
+        from visualrwkv.chat import Sampling
+
+        self.vlm, self.bench, self.batch_size, self.workers, self.blank = vlm, bench, batch_size, workers, blank
+        self.sampling = Sampling(max_new_tokens=max_new_tokens)
+
+    def answers(self, questions):
+        """Yield an `Answer` for each question, in the order in which they are known."""
+        with ThreadPoolExecutor(self.workers) as pool:
+            waiting = None
+            for window in [*windows(questions, WINDOW * self.batch_size), None]:
+                coming = None
+                if window is not None:
+                    first = {question.image: question for question in window if question.image is not None}
+                    coming = window, {image: pool.submit(self._pixels, one) for image, one in first.items()}
+                if waiting is not None:
+                    yield from self._window(*waiting)
+                waiting = coming
+
+    def _pixels(self, question):
+        """Pixel values (1, 3, S, S) of a question's picture, or the reason why there are none."""
+        from visualrwkv.image_processing import load_image
+
+        try:
+            picture = load_image(self.bench.picture(question))
+            return self.vlm.processor.image_processor(picture, return_tensors="pt")["pixel_values"]
+        except (InputError, OSError, ValueError, KeyError) as error:
+            return " ".join(str(error).split())
+
+    def _window(self, window, pixels):
+        pixels = {image: job.result() for image, job in pixels.items()}
+        broken = {image: reason for image, reason in pixels.items() if isinstance(reason, str)}
+        asked = {}  # POPE asks the same about a picture in all three categories: once is enough
+        for question in window:
+            if question.image in broken:
+                yield Answer(question, error=broken[question.image])
+            else:
+                asked.setdefault((question.image, question.text), []).append(question)
+        features = self._encode({image: value for image, value in pixels.items() if image not in broken})
+        rows = [(twins, *self._encode_prompt(twins[0])) for twins in asked.values()]
+        rows.sort(key=lambda row: len(row[1]))
+        for start in range(0, len(rows), self.batch_size):
+            batch = rows[start : start + self.batch_size]
+            images = [twins[0].image for twins, *_ in batch]
+            texts = self._ask([ids for _, ids, _ in batch], [features[image] for image in images if image in features])
+            for (twins, _, prompt), text in zip(batch, texts, strict=True):
+                yield from (Answer(question, prompt, text) for question in twins)
+
+    def _encode(self, pixels):
+        """{picture: features (1, num_image_tokens, D)}; None stands for no picture."""
+        import torch
+
+        model, features = self.vlm.model, {}
+        images = list(pixels)
+        with torch.inference_mode():
+            for start in range(0, len(images), self.batch_size):
+                batch = images[start : start + self.batch_size]
+                values = torch.cat([pixels[image] for image in batch]).to(model.device)
+                features |= zip(batch, model.get_image_features(values).split(1), strict=True)
+        if self.blank:
+            width = model.config.text_config.hidden_size
+            features[None] = torch.zeros(
+                1, model.config.num_image_tokens, width, dtype=model.dtype, device=model.device
+            )
+        return features
+
+    def _encode_prompt(self, question):
+        """Ids and string of a question's prompt."""
+        processor, turns = self.vlm.processor, [question.turn()]
+        ids, _ = processor.encode_turns(turns, open_reply=True)
+        if question.image is None and self.blank:
+            ids = [processor.image_token_id] * processor.num_image_tokens + ids
+        return ids, prompt_text(question, processor.prompt)
+
+    def _ask(self, rows, features):
+        import torch
+
+        from visualrwkv.streaming import ReplyText
+
+        tokenizer = self.vlm.processor.tokenizer
+        inputs = dict(tokenizer.pad({"input_ids": rows}, return_tensors="pt"))
+        if features:
+            inputs["image_features"] = torch.cat(features)
+        output = self.vlm.generate(inputs, self.sampling)
+        replies = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        return [ReplyText.whole(tokenizer, reply) for reply in replies]
+
+
+def prompt_text(question, position):
+    """The prompt of a question as a string, the picture as "<image>"."""
+    return "".join(segment.text for segment in build_prompt([question.turn()], position, open_reply=True))
+
+
+def windows(questions, size):
+    """Lists of at least `size` questions, those about one picture together (as a list, however many they are)."""
+    groups = {}
+    for index, question in enumerate(questions):
+        groups.setdefault(index if question.image is None else (question.image,), []).append(question)
+    window = []
+    for group in groups.values():
+        window += group
+        if len(window) >= size:
+            yield window
+            window = []
+    if window:
+        yield window
+
+
+def chunk(count, shards, shard):
+    """Positions of one shard: the reference's blocks of ceil(count / shards), empty where it would crash."""
+    size = -(-count // shards)
+    return range(min(shard * size, count), min((shard + 1) * size, count))
+
+
+def which_shard(text, environment):
+    """(number of shards, which one) of `--shard k/n`, divided among the processes of torchrun."""
+    shard, shards = 0, 1
+    if text:
+        first, slash, last = text.partition("/")
+        if not (slash and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+            raise InputError(f"--shard {text!r}: use k/n with k from 0 to n - 1, for instance 0/4")
+        shard, shards = int(first), int(last)
+    rank, world = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
+    return shards * world, shard * world + rank
+
+
+def earlier(bench, questions, out):
+    """The answers that earlier runs wrote into the folder, None where there is none."""
+    files = [path for path in out.glob("*.jsonl") if path.stat().st_size]
+    return join(bench, questions, files, nothing_is_fine=True).answers if files else [None] * len(questions)
+
+
+@contextlib.contextmanager
+def exclusive(path):
+    """A file to append to that no other process writes."""
+    try:
+        file = open(path, "ab+")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}; choose another --out") from None
+    with file:
+        with contextlib.suppress(ImportError):  # there is no fcntl on Windows
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{path}: another run is writing it; wait for it, or use another --shard") from None
+        yield file
+
+
+def end_line(file):
+    """A line that a stopped run left half written must not run into the next one."""
+    if file.seek(0, os.SEEK_END):
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+
+
+def load_model(arguments):
+    """The model, on the device of this process."""
+    from visualrwkv.loading import load
+
+    return load(arguments.model, device=own_device(), prompt=arguments.prompt)
+
+
+def own_device():
+    """Auto, or under torchrun a CUDA device for each process of a machine."""
+    import torch
+
+    if "LOCAL_RANK" not in os.environ or not torch.cuda.is_available():
+        return "auto"
+    return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+
+
+def describe(arguments, bench, questions):
+    """What the predictions of a run depend on apart from the model's content, and where its files are."""
+    digest = sha256()
+    for question in questions:
+        digest.update(json.dumps([question.id, question.text, question.image]).encode() + b"\n")
+    model = str(arguments.model) if arguments.model else "embedded"
+    blank = {"yes": True, "no": False, "auto": model.endswith(".pth")}[arguments.blank_image]
+    return {
+        "benchmark": bench.name,
+        "split": bench.split,
+        "model": model,
+        "max_new_tokens": arguments.max_new_tokens,
+        "blank_image": blank,
+        **bench.chosen,
+        "questions": len(questions),
+        "questions_sha256": digest.hexdigest(),
+        "data": str(bench.data.resolve()),
+        "images": arguments.images and str(Path(arguments.images).resolve()),
+        "question_file": arguments.questions and str(Path(arguments.questions).resolve()),
+    }
+
+
+def describe_model(vlm):
+    """The part of the settings that only the loaded model knows."""
+    dtype = str(vlm.model.dtype).removeprefix("torch.")
+    return {"fingerprint": vlm.fingerprint(), "dtype": dtype, "prompt": vlm.processor.prompt}
+
+
+def check_settings(path, settings, force, compared=_COMPARED):
+    """Refuse to go on with a run of other settings."""
+    known = read_run(path)
+    for name in compared if known and not force else ():
+        if name in settings and known.get(name) != settings[name]:
+            raise InputError(
+                f"{path}: the run there has {name} {known.get(name)!r}, this one {settings[name]!r}; "
+                "use another --out, or --force to mix them"
+            )
+
+
+def write_settings(path, settings):
+    """Several processes may start at once: each writes the same content, whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
