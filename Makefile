@@ -7,7 +7,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PICTURE ?= docs/pictures/scene.png
-QUESTION ?= What color is the circle?
+QUESTION ?= What number is on the sign?
 
 BIN := $(VENV)/bin
 
