@@ -31,7 +31,7 @@ class NewModel:
     language: dict = field(
         default_factory=dict
     )  # sizes as in the model's language_config; the vocabulary sets vocab_size
-    text: dict | None = None  # contrastive stage: options of open_clip's TextTransformer; the vocabulary sets vocab_size
+    text: dict | None = None  # contrastive stage: open_clip's TextTransformer; the vocabulary sets vocab_size
     embed_dim: int = 256  # contrastive stage: width of the space that pictures and captions share
     projector: str = "linear"  # these four as in the model's config
     scan: str = "bi"
