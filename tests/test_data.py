@@ -180,6 +180,23 @@ def test_scene_samples_depend_on_their_number_alone(vlm):
     assert first[0]["input_ids"] != ScenesDataset(ScenesData(seed=6), vlm.processor, 2000, 100)[0]["input_ids"]
 
 
+def test_scene_samples_of_like_length_stand_together(vlm):
+    """The samples are those of a dataset without batches, a window of them sorted into batches with little padding."""
+    scenes = ScenesData(seed=7, turns=(1, 3), text_only=True)
+    plain, batched = (ScenesDataset(scenes, vlm.processor, 2000, 40, batch_size) for batch_size in (1, 4))
+    ids = [[dataset[i]["input_ids"] for i in range(40)] for dataset in (plain, batched)]
+    assert sorted(ids[0]) == sorted(ids[1])
+    assert sorted(ids[0][:32]) == sorted(ids[1][:32])  # eight batches are a window; the rest is another one
+
+    def padding(samples):
+        batches = [[len(x) for x in samples[i : i + 4]] for i in range(0, 40, 4)]
+        return sum(max(lengths) * 4 - sum(lengths) for lengths in batches)
+
+    assert padding(ids[1]) < padding(ids[0]) / 2
+    lengths = [len(x) for x in ids[1]]
+    assert lengths != sorted(lengths)  # batches come in a random order
+
+
 def test_text_only_scenes_have_no_picture(vlm):
     dataset = ScenesDataset(ScenesData(text_only=True), vlm.processor, 2000, 10)
     for i in range(5):

@@ -74,6 +74,15 @@ def test_the_result_answers(recipe, tmp_path, pictures):
     assert isinstance(answer, str)
 
 
+def test_compiled_layers_learn_the_same(recipe, tmp_path):
+    losses = {}
+    for name, compiled in (("plain", "false"), ("compiled", "true")):
+        assert training.run(recipe(name), ["steps=3", f"compile={compiled}"]) == 0
+        losses[name] = [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+    assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-4)
+    assert weights(tmp_path / "plain").keys() == weights(tmp_path / "compiled").keys()
+
+
 def test_frozen_layers_and_parts_stay(recipe, tmp_path, random_folder):
     training.run(recipe(), ["steps=2", "freeze_layers=[0, 2]", "train.projector=0", "train.vision=1e-3"])
     names = changed(weights(random_folder), weights(tmp_path / "run"))

@@ -18,6 +18,7 @@ from visualrwkv.errors import InputError
 IGNORE = -100
 _PAD_MULTIPLE = 16  # the chunk length of the recurrence; other lengths would be padded inside every layer again
 _SCENE_TRIES = 1000
+_WINDOW = 8  # batches of drawn scenes that are sorted by length together
 
 
 class Collator:
@@ -216,16 +217,22 @@ class Curriculum:
 class ScenesDataset(Dataset):
     """Conversations about drawn scenes.
 
+    Within windows of a few batches samples of like length stand together, and the batches in a random order: padding
+    would otherwise be two fifths of all positions. Item i is still a function of the seed and i alone.
+
     Args:
         scenes: `recipe.ScenesData`.
         processor: `VisualRWKVProcessor`.
         max_length: longest sample in tokens.
         length: samples of the whole run.
+        batch_size: samples that are padded together.
     """
 
-    def __init__(self, scenes, processor, max_length, length):
+    def __init__(self, scenes, processor, max_length, length, batch_size=1):
         self.scenes, self.processor, self.max_length, self.length = scenes, processor, max_length, length
+        self.batch_size = batch_size
         self.curriculum = Curriculum(scenes, length)
+        self._window = (None, None)  # the window last asked for and its samples in their final order
 
     def __len__(self):
         return self.length
@@ -233,17 +240,32 @@ class ScenesDataset(Dataset):
     def __getitem__(self, index):
         from visualrwkv.scenes.drawing import draw
 
-        scene, turns = self.conversation(index)
-        item = encode_sample(self.processor, turns, self.max_length)
+        window, place = divmod(index, _WINDOW * self.batch_size)
+        number, scene, item = self._arranged(window)[place]
         if not item["images"]:
             return {**item, "pixel_values": None}
-        picture, zoom = draw(scene), self.curriculum(index)["zoom"]
+        picture, zoom = draw(scene), self.curriculum(number)["zoom"]
         if zoom and len(scene.objects) == 1:
-            picture = cut_out(picture, scene.objects[0].box, zoom, random.Random(f"{self.scenes.seed} zoom {index}"))
+            picture = cut_out(picture, scene.objects[0].box, zoom, random.Random(f"{self.scenes.seed} zoom {number}"))
         return {**item, "pixel_values": pixels(self.processor.image_processor, [picture])}
 
+    def _arranged(self, window):
+        """(number, scene, item without pixels) of all samples of a window, in the order in which they are learnt."""
+        if self._window[0] != window:
+            size = _WINDOW * self.batch_size
+            samples = []
+            for number in range(window * size, min((window + 1) * size, self.length)):
+                scene, turns = self.conversation(number)
+                samples.append((number, scene, encode_sample(self.processor, turns, self.max_length)))
+            samples.sort(key=lambda sample: len(sample[2]["input_ids"]))
+            batches = [samples[i : i + self.batch_size] for i in range(0, len(samples), self.batch_size)]
+            last = batches.pop() if len(batches[-1]) < self.batch_size else []
+            random.Random(f"{self.scenes.seed} window {window}").shuffle(batches)
+            self._window = (window, [sample for batch in batches for sample in batch] + last)
+        return self._window[1]
+
     def conversation(self, index):
-        """The scene of sample `index` and the turns about it.
+        """The scene of sample number `index` and the turns about it.
 
         Some scenes have no question of a wanted kind (nothing to read without a sign, no neighbours of a single
         object): then the next scene of the same random stream is taken.

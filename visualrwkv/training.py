@@ -6,10 +6,13 @@ parts that `train` names, from LLaVA-format files or drawn scenes. The contrasti
 
 import sys
 
+import torch
+
 from visualrwkv.building import build_model
 from visualrwkv.data import Collator, JsonDataset, ScenesDataset
 from visualrwkv.errors import InputError
 from visualrwkv.loading import quiet_transformers
+from visualrwkv.ops.kernel import usable
 from visualrwkv.recipe import load_recipe
 from visualrwkv.runs import count_samples, is_main_process, require_accelerate, write_versions, writing
 
@@ -50,6 +53,10 @@ def run_language(recipe):
         # older transformers know it by its older name alone
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
+    if recipe.compile:
+        usable()  # loads the kernel of the operator, which nothing does while it is traced
+        for block in model.rwkv.blocks:
+            block.compile(dynamic=True)  # in place: names of parameters and saved files stay as they are
     groups = parameter_groups(model.named_parameters(), part_of(recipe, model), recipe.train, recipe.weight_decay)
     dataset, steps = build_dataset(recipe, processor)
     describe_run(recipe, model, groups, steps)
@@ -88,7 +95,7 @@ def build_dataset(recipe, processor):
     data = recipe.data
     if data.scenes is not None:
         steps, length = count_samples(recipe)
-        return ScenesDataset(data.scenes, processor, data.max_length, length), steps
+        return ScenesDataset(data.scenes, processor, data.max_length, length, recipe.batch_size), steps
     dataset = JsonDataset(data.json, data.images, processor, data.max_length, recipe.seed)
     steps, dataset.length = count_samples(recipe, len(dataset.samples))
     return dataset, steps
@@ -118,15 +125,16 @@ def _evaluation(recipe, model, processor):
         was_training = model.training
         model.eval()
         try:
-            counts = evaluate_scenes(
-                model,
-                processor,
-                settings.pictures,
-                settings.seed,
-                batch_size=settings.batch_size,
-                objects=settings.objects,
-                split="val",
-            )
+            with torch.compiler.set_stance("force_eager"):  # decoding has other shapes, not worth compiling for
+                counts = evaluate_scenes(
+                    model,
+                    processor,
+                    settings.pictures,
+                    settings.seed,
+                    batch_size=settings.batch_size,
+                    objects=settings.objects,
+                    split="val",
+                )
         finally:
             model.train(was_training)
         return shares(counts)
