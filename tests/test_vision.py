@@ -141,3 +141,15 @@ def test_grids_that_do_not_fit_are_refused():
     without_cls = describe_tower({"image_size": 128, "timm_model_name": "visualrwkv_tiny_convstem"}, 64)
     with pytest.raises(InputError, match="without a CLS feature"):
         VisualRWKVConfig(**(sizes | {"vision_config": without_cls}), grid_size=0)
+
+
+def test_the_tiny_tower_starts_knowing_its_places():
+    """Of any patch of an empty picture the most similar other one is a neighbour."""
+    tower = VisionTower(describe_tower({"image_size": 128, "timm_model_name": "visualrwkv_tiny_convstem"}, 64)).eval()
+    with torch.no_grad():
+        features = tower(torch.zeros(1, 3, 128, 128))[0]
+    distances = torch.cdist(features, features).fill_diagonal_(torch.inf)
+    nearest = distances.argmin(1)
+    for patch in range(64):
+        down, across = nearest[patch] // 8 - patch // 8, nearest[patch] % 8 - patch % 8
+        assert abs(down) + abs(across) == 1

@@ -196,7 +196,7 @@ def _conv_stem(in_chans: int, embed_dim: int) -> nn.Sequential:
 
 def register_towers() -> None:
     """Make the embedded model's tower, `visualrwkv_tiny_convstem`, known to timm (and so to open_clip)."""
-    from timm.layers import PatchEmbed
+    from timm.layers import PatchEmbed, build_sincos2d_pos_embed
     from timm.models import VisionTransformer, build_model_with_cfg, is_model, register_model, vision_transformer
 
     if is_model("visualrwkv_tiny_convstem"):
@@ -211,9 +211,15 @@ def register_towers() -> None:
         sizes = {"img_size": 128, "patch_size": 16, "embed_dim": 192, "depth": 2, "mlp_ratio": 2.0}
         parts = {"class_token": False, "global_pool": "avg", "embed_layer": ConvPatchEmbed, "block_fn": _PatchMLP}
         options["pretrained_cfg"] = {"input_size": (3, 128, 128)}  # there are no weights to fetch
-        return build_model_with_cfg(
+        tower = build_model_with_cfg(
             VisionTransformer, "visualrwkv_tiny_convstem", False, **{**sizes, **parts, **options}
         )
+        # Captions of single patches teach nothing about places, and small embeddings stay small: a language model then
+        # finds what lies in a picture but not where.
+        places = build_sincos2d_pos_embed(tower.patch_embed.grid_size, tower.embed_dim)
+        with torch.no_grad():
+            tower.pos_embed.copy_(places)
+        return tower
 
     visualrwkv_tiny_convstem.__module__ = vision_transformer.__name__  # timm groups its registry by module
     register_model(visualrwkv_tiny_convstem)
