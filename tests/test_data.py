@@ -219,6 +219,17 @@ def test_scenes_follow_the_curriculum(vlm):
     assert len(late[0].objects) >= 5
 
 
+def test_relations_can_be_narrowed_down(vlm):
+    scenes = ScenesData(objects=(2, 3), kinds={"relation": 1}, relations=["left"], chinese=0, turns=(1, 1))
+    dataset = ScenesDataset(scenes, vlm.processor, 2000, 40)
+    answers = set()
+    for i in range(30):
+        question, answer = dataset.conversation(i)[1]
+        assert "left" in question.text and not any(word in question.text for word in ("right", "above", "below"))
+        answers.add(answer.text)
+    assert answers == {"yes", "no"}
+
+
 def test_collator_pads_on_the_right_to_a_multiple_of_16():
     items = [
         {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "pixel_values": torch.zeros(2, 3, 4, 4)},

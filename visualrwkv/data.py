@@ -197,7 +197,7 @@ class Curriculum:
         length: samples of the whole run, for ends that are given as fractions.
     """
 
-    FIELDS = ("objects", "kinds", "turns", "sign_probability", "zoom")
+    FIELDS = ("objects", "kinds", "turns", "sign_probability", "zoom", "relations")
 
     def __init__(self, scenes, length):
         self.base = {name: getattr(scenes, name) for name in self.FIELDS}
@@ -287,6 +287,7 @@ class ScenesDataset(Dataset):
                 languages=languages,
                 vary=scenes.vary,
                 short_line=scenes.short_line,
+                relations=settings["relations"],
             )
             if questions:
                 break

@@ -61,6 +61,7 @@ class Stretch:
     turns: tuple[int, int] | None = None
     sign_probability: float | None = None
     zoom: tuple[float, float] | None = None
+    relations: list[str] | None = None
 
 
 @dataclass
@@ -74,6 +75,7 @@ class ScenesData:
     sides: tuple[int, int] = (96, 512)  # shortest and longest side of a picture in px
     sign_probability: float = 0.35
     zoom: tuple[float, float] | None = None  # of a single object show a cut-out, so many times its box
+    relations: list[str] = field(default_factory=lambda: ["left", "right", "above", "below"])  # that are asked about
     chinese: float = 0.25  # share of Chinese questions
     vary: float = 0.5  # share of questions in another wording than the usual one
     short_line: float = 0.5  # share of short English questions with the line that asks for a word or phrase

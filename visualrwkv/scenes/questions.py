@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from visualrwkv.errors import InputError
 from visualrwkv.scenes import phrases
 from visualrwkv.scenes.descriptions import describe
-from visualrwkv.scenes.drafts import BUILDERS, Names
+from visualrwkv.scenes.drafts import BUILDERS, DIRECTIONS, Names
 from visualrwkv.scenes.phrases import CHOICE_LINES, LANGUAGES, LETTERS, PHRASES, SHORT_LINE, object_name, usual_word
 from visualrwkv.scenes.world import COLOURS, SHAPES
 
@@ -188,7 +188,9 @@ def questions(scene, rng, kinds=KINDS, languages=LANGUAGES, *, vary=0.5, short_l
     return found
 
 
-def conversation(scene, rng, turns, *, kinds=KIND_WEIGHTS, languages=LANGUAGES, vary=0.5, short_line=0.5):
+def conversation(
+    scene, rng, turns, *, kinds=KIND_WEIGHTS, languages=LANGUAGES, vary=0.5, short_line=0.5, relations=DIRECTIONS
+):
     """Questions for one training sample, none of which gives away another's answer.
 
     Args:
@@ -196,6 +198,7 @@ def conversation(scene, rng, turns, *, kinds=KIND_WEIGHTS, languages=LANGUAGES, 
         turns: the most questions wanted; a scene of few objects holds fewer. A description always stands alone.
         kinds, languages: weights by name, or names that weigh the same.
         vary, short_line: as in ``ask``.
+        relations: which of left, right, above and below questions of the kind relation may name.
 
     Returns:
         A list of at least one ``Question`` where the scene allows any of the kinds, in random order.
@@ -204,9 +207,12 @@ def conversation(scene, rng, turns, *, kinds=KIND_WEIGHTS, languages=LANGUAGES, 
         raise InputError(f"{turns} turns asked for; a conversation has at least 1")
     pool, weights = _checked(kinds, KINDS, "kind of question")
     speakers, speaker_weights = _checked(languages, LANGUAGES, "language")
+    places, _ = _checked(relations, DIRECTIONS, "relation")
     chosen, remaining = [], dict(zip(pool, weights, strict=True))
 
     def accept(draft):
+        if draft.kind == "relation" and draft.where not in places:
+            return False
         return all(not (draft.facts & other.asks or other.facts & draft.asks) for other in chosen)
 
     while remaining and len(chosen) < turns:
