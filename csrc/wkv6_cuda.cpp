@@ -44,35 +44,53 @@ int multiprocessors(const Tensor& r) {
 
 Tensor scratch(const Tensor& r, at::IntArrayRef sizes) { return at::empty(sizes, r.options().dtype(at::kFloat)); }
 
-std::tuple<Tensor, Tensor> forward_cuda(
-    const Tensor& r_, const Tensor& k_, const Tensor& v_, const Tensor& w_, const Tensor& u_,
-    const std::optional<Tensor>& state_) {
-  const Tensor initial = state_.value_or(Tensor());
-  check(r_, k_, v_, w_, u_, initial);
-  check_cuda(r_, {u_, initial});
-  check_single({r_, k_, v_, w_, u_, initial});
-  const c10::cuda::CUDAGuard guard(r_.device());
+// y; the state after the last token goes to `final_state`, which may be the state itself: a block reads its part of it
+// before it writes there, and nobody else does.
+Tensor run_forward(
+    const Tensor& r_, const Tensor& k_, const Tensor& v_, const Tensor& w_, const Tensor& u_, const Tensor& state,
+    const Tensor& final_state) {
   const Tensor r = with_dense_rows(r_), k = with_dense_rows(k_), v = with_dense_rows(v_), w = with_dense_rows(w_);
-  const Tensor u = dense(u_, at::kFloat), state = aligned(initial);
-  const int64_t batch = r.size(0), heads = r.size(2), size = r.size(3);
-  const Tensor y = at::empty(r.sizes(), r.options()), final_state = scratch(r, {batch, heads, size, size});
-
+  const Tensor u = dense(u_, at::kFloat), y = at::empty(r.sizes(), r.options());
   cuda::ForwardProblem p;
   set_problem<float>(p, r, k, v, w, u, state);
   const int count = multiprocessors(r);
-  p.plan = cuda::make_plan(batch * heads, p.time, count);
+  p.plan = cuda::make_plan(p.batch * p.heads, p.time, count);
   p.y = rows_of(y);
   p.final_state = pointer<float>(final_state);
   Tensor states, decays;
   if (p.plan.segments > 1) {
-    states = scratch(r, {p.plan.matrices, p.plan.segments, size, size});
-    decays = scratch(r, {p.plan.matrices, p.plan.segments, size});
+    states = scratch(r, {p.plan.matrices, p.plan.segments, p.size, p.size});
+    decays = scratch(r, {p.plan.matrices, p.plan.segments, p.size});
   }
   p.states = pointer<float>(states);
   p.decays = pointer<float>(decays);
   const char* error = cuda::forward(p, count, c10::cuda::getCurrentCUDAStream().stream());
   TORCH_CHECK(error == nullptr, "wkv6: ", error);
-  return {y, final_state};
+  return y;
+}
+
+std::tuple<Tensor, Tensor> forward_cuda(
+    const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u,
+    const std::optional<Tensor>& state) {
+  const Tensor initial = state.value_or(Tensor());
+  check(r, k, v, w, u, initial);
+  check_cuda(r, {u, initial});
+  check_single({r, k, v, w, u, initial});
+  const c10::cuda::CUDAGuard guard(r.device());
+  const Tensor final_state = scratch(r, {r.size(0), r.size(2), r.size(3), r.size(3)});
+  return {run_forward(r, k, v, w, u, aligned(initial), final_state), final_state};
+}
+
+Tensor forward_in_place_cuda(
+    const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u, const Tensor& state) {
+  check(r, k, v, w, u, state);
+  check_cuda(r, {u, state});
+  check_single({r, k, v, w, u});
+  const c10::cuda::CUDAGuard guard(r.device());
+  TORCH_CHECK_VALUE(
+      state.scalar_type() == at::kFloat && aligned(state).is_same(state),
+      "a state that is replaced in place has to be a dense, aligned float32 tensor");
+  return run_forward(r, k, v, w, u, state, state);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda(
@@ -125,7 +143,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda(
 }  // namespace
 }  // namespace visualrwkv
 
+// For decoding: no second copy of the state, no gradients.
+TORCH_LIBRARY_FRAGMENT(visualrwkv, m) {
+  m.def("wkv6_in_place(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state) -> Tensor");
+}
+
 TORCH_LIBRARY_IMPL(visualrwkv, CUDA, m) {
+  m.impl("wkv6_in_place", visualrwkv::forward_in_place_cuda);
   m.impl("wkv6", visualrwkv::forward_cuda);
   m.impl("wkv6_backward", visualrwkv::backward_cuda);
 }

@@ -69,14 +69,15 @@ def emulate(library, inputs, gy=None, gs=None, multiprocessors=1, descending=Fal
     return results
 
 
-def check(library, inputs, bounds, **options):
+def check(library, inputs, **options):
     """Against float64; both orders of the threads have to give the same bits."""
+    bounds = {"w": 1e-5}  # a difference of sums, times the logarithm of the decay
     gy, gs = torch.randn_like(inputs[0]), torch.randn_like(inputs[5], dtype=torch.float32)
     exact = in_double(wkv6_reference, inputs, gy, gs)
     results = emulate(library, inputs, gy, gs, **options)
     for name, value, wanted in zip(NAMES, results, exact, strict=True):
         assert value.isfinite().all(), name
-        assert error(value, wanted) < bounds.get(name, bounds[""]), name
+        assert error(value, wanted) < bounds.get(name, 1e-6), name
     for name, value, other in zip(
         NAMES, results, emulate(library, inputs, gy, gs, descending=True, **options), strict=True
     ):
@@ -97,17 +98,17 @@ def test_recurrent_kernel(library, size, time):
 
 @pytest.mark.parametrize("size", [32, 64, 128])
 def test_head_sizes(library, size):
-    check(library, sample(1, 37, 2, size), {"": 1e-6})
+    check(library, sample(1, 37, 2, size))
 
 
 @pytest.mark.parametrize("time", [1, 16, 17, 33])
 def test_lengths(library, time):
-    check(library, sample(2, time, 1, 32), {"": 1e-6})
+    check(library, sample(2, time, 1, 32))
 
 
 @pytest.mark.parametrize(("mean", "spread"), DECAYS)
 def test_exact_at_every_decay(library, mean, spread):
-    check(library, sample(1, 53, 2, 32, mean=mean, spread=spread), {"": 2e-6})
+    check(library, sample(1, 53, 2, 32, mean=mean, spread=spread))
 
 
 def test_channels_of_every_decay_side_by_side(library):
@@ -117,7 +118,7 @@ def test_channels_of_every_decay_side_by_side(library):
     w[..., 1::4] = -12.0
     w[:, ::3, :, 2::4] = 200.0
     w[:, 1::3, :, 2::4] = -torch.inf
-    check(library, inputs, {"": 2e-6})
+    check(library, inputs)
 
 
 @pytest.mark.parametrize(("time", "multiprocessors"), [(300, 8), (290, 2)])
@@ -126,7 +127,7 @@ def test_segments(library, time, multiprocessors, mean):
     inputs = sample(1, time, 2, 32, mean=mean)
     call = Call(batch=1, time=time, heads=2, size=32, multiprocessors=multiprocessors)
     assert library.segments(call) == (3 if multiprocessors == 8 else 1)
-    check(library, inputs, {"": 2e-6}, multiprocessors=multiprocessors)
+    check(library, inputs, multiprocessors=multiprocessors)
 
 
 def test_without_a_state_and_without_some_gradients(library):
@@ -137,8 +138,8 @@ def test_without_a_state_and_without_some_gradients(library):
             wkv6_reference, inputs, gy if of_y is not None else 0 * gy, gs if of_state is not None else 0 * gs
         )
         results = emulate(library, inputs, of_y, of_state)
-        for name, value, wanted in zip(NAMES, results, exact, strict=False):  # the last, of a state, has no partner
-            assert error(value, wanted) < 1e-6 or not (wanted.any() or value.any()), name
+        for name, value, wanted in zip(NAMES[:-1], results, exact, strict=False):
+            assert error(value, wanted) < (1e-5 if name == "w" else 1e-6), name
 
 
 @pytest.mark.parametrize("time", [5, 21])

@@ -1,8 +1,8 @@
 """The compiled form of the operator: `torch.ops.visualrwkv.wkv6` of csrc, made known to autograd and torch.compile.
 
 There is one library for the CPU and one for CUDA, each built at first use (`visualrwkv.ops.build`). The environment
-variable VISUALRWKV_KERNEL=0 keeps to the PyTorch form, which gives the same results; `use_kernel` does so for a piece of
-code.
+variable VISUALRWKV_KERNEL=0 keeps to the PyTorch form, which gives the same results; `use_kernel` does so for a piece
+of code.
 """
 
 import os
@@ -18,6 +18,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CUDA_HEAD_SIZES = (32, 64, 128)
 _registered = False
+_in_place = False
 _on_cuda = False  # whether the library of CUDA is loaded
 _wanted = os.environ.get("VISUALRWKV_KERNEL", "1") != "0"
 
@@ -31,6 +32,25 @@ def use_kernel(wanted: bool) -> Iterator[None]:
         yield
     finally:
         _wanted = before
+
+
+def kernels_wanted() -> bool:
+    """Whether compiled forms may be used at all: False with VISUALRWKV_KERNEL=0 and within `use_kernel(False)`."""
+    return _wanted
+
+
+@contextmanager
+def states_in_place() -> Iterator[None]:
+    """Within the block the compiled form on a GPU writes the new state over the given one and returns that tensor.
+
+    For decoding from memory that stays where it is (`visualrwkv.cuda_graphs`); gradients do not flow.
+    """
+    global _in_place
+    before, _in_place = _in_place, True
+    try:
+        yield
+    finally:
+        _in_place = before
 
 
 def usable(*tensors: Tensor | None) -> bool:
@@ -84,6 +104,8 @@ def run_kernel(
 ) -> tuple[Tensor, Tensor]:
     """`wkv6_kernel` where `usable` is known to hold."""
     check_arguments(r, k, v, w, u, state)
+    if _in_place and r.device.type == "cuda" and state is not None:
+        return torch.ops.visualrwkv.wkv6_in_place(r, k, v, w, u, state), state
     return torch.ops.visualrwkv.wkv6(r, k, v, w, u, state)
 
 
