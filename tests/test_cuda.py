@@ -119,6 +119,13 @@ def test_libraries_depend_on_their_own_sources(tmp_path, monkeypatch):
     assert build.cache_folder("cuda") != cuda
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_benchmark_says_that_it_needs_a_gpu():
+    pytest.importorskip("bench.gpu")
+    code, out, err = python("-m", "bench.gpu", cache=os.environ.get("HOME", "/"))
+    assert code == 2 and not out and len(err.splitlines()) == 1 and "needs a CUDA device" in err
+
+
 # ---- With a GPU.
 
 

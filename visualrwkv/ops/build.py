@@ -2,17 +2,17 @@
 
 There are two libraries, each built when tensors of its device first come to an operator: that of the CPU, with the
 operators' schema, and that of CUDA. Each lies in the user's cache directory, in a folder named after everything it
-depends on (sources, flags, torch, python, platform), so that nothing is ever out of date. Several processes may ask for
-it at once: the first one builds, the others wait at a file lock. Where it cannot be built the reason is remembered, told
-in one warning, and the PyTorch forms of the operators do the work, with the same results.
+depends on (sources, flags, torch, python, platform), so that nothing is ever out of date. Several processes may ask
+for it at once: the first one builds, the others wait at a file lock. Where it cannot be built the reason is remembered,
+told in one warning, and the PyTorch forms of the operators do the work, with the same results.
 
     python -m visualrwkv.ops.build            build now, and print the outcome; CUDA too where PyTorch is built for it
     python -m visualrwkv.ops.build cpu        only the one (or only `cuda`)
 
 The exit code is 1 where a build did not work; a machine that has no nvcc need not have the CUDA kernels.
 Needed: a C++ compiler (`c++`, or the variable CXX) of the GCC or Clang family, and ninja. For CUDA also nvcc, of the
-CUDA version of PyTorch (in the folder CUDA_HOME, on the PATH, or in /usr/local/cuda), but no GPU: the library holds code
-for sm_80 and sm_90 and, for newer ones, PTX; the variable TORCH_CUDA_ARCH_LIST asks for others.
+CUDA version of PyTorch (in the folder CUDA_HOME, on the PATH, or in /usr/local/cuda), but no GPU: the library holds
+code for sm_80 and sm_90 and, for newer ones, PTX; the variable TORCH_CUDA_ARCH_LIST asks for others.
 """
 
 import hashlib
