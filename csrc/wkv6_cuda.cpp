@@ -54,7 +54,7 @@ Tensor run_forward(
   cuda::ForwardProblem p;
   set_problem<float>(p, r, k, v, w, u, state);
   const int count = multiprocessors(r);
-  p.plan = cuda::make_plan(p.batch * p.heads, p.time, count);
+  p.plan = cuda::make_plan(p, Rows{}, count);
   p.y = rows_of(y);
   p.final_state = pointer<float>(final_state);
   Tensor states, decays;
@@ -112,8 +112,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda(
 
   cuda::BackwardProblem p;
   set_problem<float>(p, r, k, v, w, u, state);
-  p.plan = cuda::make_plan(batch * heads, p.time, multiprocessors(r));
   p.dy = rows_of(dy);
+  p.plan = cuda::make_plan(p, p.dy, multiprocessors(r));
   p.dr = rows_of(dr);
   p.dk = rows_of(dk);
   p.dv = rows_of(dv);

@@ -15,7 +15,7 @@ namespace visualrwkv::cuda {
 namespace {
 
 constexpr int64_t recurrent_limit = 16;  // shorter pieces are not worth a chunk
-constexpr int shortest_segment = 8, longest_span = 16;  // in chunks
+constexpr int shortest_segment = 8, longest_span = 8;  // in chunks
 constexpr int64_t most_blocks = 0x7fffffff;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -59,8 +59,7 @@ const char* forward_of_size(const ForwardProblem& p, int multiprocessors, void* 
     // Few matrices are spread over more blocks, by columns.
     return p.plan.matrices < 2 * multiprocessors ? recurrent_forward<N, 16>(p, stream)
                                                  : recurrent_forward<N, N>(p, stream);
-  return is_short(p.r) && is_short(p.k) && is_short(p.v) ? chunk_forward<N, false>(p, stream)
-                                                         : chunk_forward<N, true>(p, stream);
+  return p.plan.exact ? chunk_forward<N, true>(p, stream) : chunk_forward<N, false>(p, stream);
 }
 
 template <int N, bool Exact>
@@ -84,25 +83,27 @@ const char* chunk_backward(const BackwardProblem& p, void* stream) {
 
 template <int N>
 const char* backward_of_size(const BackwardProblem& p, void* stream) {
-  return is_short(p.r) && is_short(p.k) && is_short(p.v) && is_short(p.dy) ? chunk_backward<N, false>(p, stream)
-                                                                           : chunk_backward<N, true>(p, stream);
+  return p.plan.exact ? chunk_backward<N, true>(p, stream) : chunk_backward<N, false>(p, stream);
 }
 
 }  // namespace
 
 bool has_kernels(int64_t size) { return size == 32 || size == 64 || size == 128; }
 
-Plan make_plan(int64_t matrices, int64_t time, int multiprocessors) {
+Plan make_plan(const Problem<float>& p, const Rows& dy, int multiprocessors) {
+  const int64_t matrices = p.batch * p.heads;
   Plan plan;
   plan.matrices = matrices;
-  plan.chunks = static_cast<int>(ceil_div(time, chunk_length));
+  plan.chunks = static_cast<int>(ceil_div(p.time, chunk_length));
+  plan.exact = !(is_short(p.r) && is_short(p.k) && is_short(p.v) && is_short(dy));
   // Enough matrices fill the GPU by themselves. Else segments do, at the price of a second walk over the sequence.
   plan.segment_chunks = plan.chunks;
-  if (matrices < multiprocessors) {
+  if (0 < matrices && matrices < multiprocessors) {
     const int64_t segments = std::max<int64_t>(1, ceil_div(2 * multiprocessors, matrices));
-    plan.segment_chunks = std::min<int64_t>(plan.chunks, std::max<int64_t>(shortest_segment, ceil_div(plan.chunks, segments)));
+    const int64_t wanted = std::max<int64_t>(shortest_segment, ceil_div(plan.chunks, segments));
+    plan.segment_chunks = static_cast<int>(std::min<int64_t>(plan.chunks, wanted));
   }
-  plan.span_chunks = std::min(plan.segment_chunks, longest_span);
+  plan.span_chunks = plan.exact ? 1 : std::min(plan.segment_chunks, longest_span);
   if (plan.segment_chunks < plan.chunks)  // a segment ends where a span does
     plan.segment_chunks = ceil_div(plan.segment_chunks, plan.span_chunks) * plan.span_chunks;
   plan.segments = ceil_div(plan.chunks, plan.segment_chunks);

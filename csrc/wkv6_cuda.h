@@ -1,4 +1,4 @@
-// What the operator (wkv6_cuda.cpp, compiled by the C++ compiler) hands to the kernels (wkv6_cuda.cu, compiled by nvcc).
+// What the operator (wkv6_cuda.cpp, compiled by the C++ compiler) hands to the kernels (wkv6_cuda.cu, by nvcc).
 #pragma once
 
 #include "wkv6_problem.h"
@@ -9,13 +9,15 @@ constexpr int chunk_length = 16;
 
 // How the sequences are cut. A chunk is what one step of a block of threads works on. A segment is a run of chunks that
 // one block walks through; with more than one segment for a sequence a first pass over all of them finds the states in
-// between. A span is the stretch of a segment after which the backward pass keeps the state.
+// between. A span is the stretch of a segment after which the backward pass keeps the state: a chunk where results are
+// wanted as precise as float32 allows (`exact`: some rows are float32), a few where they are rounded to 16 bits.
 struct Plan {
   int64_t matrices;  // batch * heads
   int chunks, segments, segment_chunks, span_chunks, spans;
+  bool exact;
 };
 
-Plan make_plan(int64_t matrices, int64_t time, int multiprocessors);
+Plan make_plan(const Problem<float>& p, const Rows& dy, int multiprocessors);  // forward: without dy
 
 // Scratch memory is float; S = segments, N = head size. What belongs to segments is not touched where there is one.
 struct ForwardProblem : Forward<float> {

@@ -6,14 +6,19 @@
 //   G <- total G + R^T dY    du = sum dA_tt r k
 //
 // The gradient of the logarithm of the decay needs no products of the size of the state. With D_t = sum_j (G o S) after
-// token t, D_t = dlw_t + k_t dk'_t and D_t-1 = dlw_t + r_t dr'_t. That is a difference of sums, with the rounding error of
-// the largest: D starts anew from the states at the end of each span, and where decays are strong (dlw is far smaller
-// than its terms) the sum of the terms that pass through token t is written out. No atomics: results repeat bit by bit.
+// token t, D_t = dlw_t + k_t dk'_t and D_t-1 = dlw_t + r_t dr'_t. That is a difference of sums, with the rounding error
+// of the largest: D starts anew from the states at the end of each span, and where decays are strong (dlw is far smaller
+// than its terms) the terms that pass through token t are added up instead. No atomics: results repeat bit by bit.
 #pragma once
 
 #include "wkv6_cuda_forward.cuh"
 
 namespace visualrwkv::cuda {
+
+// Below this a channel is strong for the gradient of its decay. Exact: where the difference would be too far off. Else
+// where what passes from the state before the chunk to the one after it, and then is left out, is too small to be seen.
+template <bool Exact>
+constexpr float mild_total_backward = Exact ? 1e-3f : 3e-8f;
 
 template <int N, bool Exact>
 __global__ void __launch_bounds__(2 * N) segment_dstate_kernel(const BackwardProblem p) {
@@ -85,11 +90,12 @@ __global__ void __launch_bounds__(2 * N) receptance_kernel(const BackwardProblem
       shared.v[t][at.channel] = number(p.v.type, v.bits[q]);
       shared.dy[t][at.channel] = number(p.dy.type, dy.bits[q]);
     }
+    const bool strong = decays.strong(mild_total_backward<Exact>);
     if (at.half == 0) {
       shared.total[at.channel] = decays.total;
-      shared.inverse[at.channel] = decays.strong() ? 0.0f : 1.0f / decays.total;
+      shared.inverse[at.channel] = strong ? 0.0f : 1.0f / decays.total;
     }
-    if (__syncthreads_or(decays.strong())) {
+    if (__syncthreads_or(strong)) {
 #pragma unroll
       for (int q = 0; q < half_chunk; ++q) {
         const int t = at.half * half_chunk + q;
@@ -139,7 +145,7 @@ __global__ void __launch_bounds__(2 * N) receptance_kernel(const BackwardProblem
       const float rq = number(p.r.type, r.bits[q]), kq = number(p.k.type, k_here.bits[q]);
       float dr = decays.before[q] * shared.parts[at.warp][t][at.lane % 16];
       const float product = rq * dr;
-      if (decays.strong()) {
+      if (strong) {
         float decay = 1.0f;
         for (int i = t - 1; i >= 0; --i) {
           dr += shared.dscores[t][i] * shared.plain_k[i][at.channel] * decay;
@@ -167,21 +173,56 @@ struct KeyValueShared {
   StrongRows<N> strong;
 };
 
-// dlw of token t in a strong channel without what only passes from the state before the chunk to the one after it (less
-// than mild_total of D) and without the terms of the state, which the caller adds: the pairs s < t < last of tokens.
+// dlw of a strong channel, from the last token to the first: the pairs of tokens s < t < last around t. The caller adds
+// the terms of the states before and after the chunk.
 template <int N>
-__device__ inline float strong_dlw(const StrongRows<N>& x, const Square& dscores, int channel, int t) {
-  float sum = 0.0f, to_here = x.decay[t][channel];
-  for (int s = t - 1; s >= 0; --s) {
-    float later = 0.0f, from_here = 1.0f;
-    for (int last = t + 1; last < chunk_length; ++last) {
-      later += dscores[last][s] * x.r[last][channel] * from_here;
-      from_here *= x.decay[last][channel];
-    }
-    sum += x.k[s][channel] * to_here * later;
-    to_here *= x.decay[s][channel];
+struct StrongPairs {
+  const StrongRows<N>& x;
+  const Square& dscores;
+  const int channel;
+  float later[chunk_length];  // of s: sum over last > t of dA_last,s r_last d_last-1 ... d_t+1
+
+  __device__ StrongPairs(const StrongRows<N>& x, const Square& dscores, int channel)
+      : x(x), dscores(dscores), channel(channel) {
+#pragma unroll 1
+    for (int s = 0; s < chunk_length; ++s) later[s] = 0.0f;
   }
-  return sum;
+
+  __device__ float sum(int t) const {
+    float total = 0.0f, decay = x.decay[t][channel];
+#pragma unroll 1
+    for (int s = t - 1; s >= 0; --s) {
+      total += x.k[s][channel] * decay * later[s];
+      decay *= x.decay[s][channel];
+    }
+    return total;
+  }
+
+  // From t to the token before it, for those of `count` tokens s that come before t.
+  __device__ void step(int t, int count) {
+    const float r = x.r[t][channel], decay = x.decay[t][channel];
+#pragma unroll 1
+    for (int s = 0; s < count && s < t; ++s) later[s] = dscores[t][s] * r + decay * later[s];
+  }
+};
+
+// Of the state's row of the thread's channel and that of its gradient, the sum of the products.
+template <int N>
+__device__ inline float row_products(const float* state, const StateRows<N>& rows, float* sums, const Place& at) {
+  float sum[2] = {};
+#pragma unroll
+  for (int tile = 0; tile < N / 8; ++tile)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sum[e / 2] += state[state_place<N, false>(tile, e, at)] * rows[tile][e];
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    sum[i] += __shfl_xor_sync(all_lanes, sum[i], 1);
+    sum[i] += __shfl_xor_sync(all_lanes, sum[i], 2);
+    if (at.pair == 0) sums[at.first + at.row + 8 * i] = sum[i];
+  }
+  __syncwarp();
+  return sums[at.channel];
 }
 
 // dk, dv, dw and the gradient of the initial state. A warp has 16 rows of the state's gradient, for dk, and 16 columns,
@@ -215,26 +256,18 @@ __global__ void __launch_bounds__(2 * N) key_value_kernel(const BackwardProblem 
   Tokens dy = fetch(p.dy, dy_place, token, p.time);
 
   for (int chunk = segment.end - 1; chunk >= segment.first; --chunk) {
+    float through = 0.0f;  // Exact: sum_j of (the state before the chunk o its gradient after the chunk)
     if (ends_span(p.plan, chunk)) {
-      const int64_t span = segment.matrix * p.plan.spans + chunk / p.plan.span_chunks;
-      const float* state = p.checkpoints + span * N * N;
-      float sums[2] = {};
-#pragma unroll
-      for (int tile = 0; tile < N / 8; ++tile)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sums[e / 2] += state[state_place<N, false>(tile, e, at)] * rows[tile][e];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        sums[i] += __shfl_xor_sync(all_lanes, sums[i], 1);
-        sums[i] += __shfl_xor_sync(all_lanes, sums[i], 2);
-        if (at.pair == 0) shared.edge[at.first + at.row + 8 * i] = sums[i];
+      const float* state = p.checkpoints + (segment.matrix * p.plan.spans + chunk / p.plan.span_chunks) * N * N;
+      edge = row_products<N>(state, rows, shared.edge, at);
+      if (Exact) {  // a span is a chunk
+        const float* before = chunk > 0 ? state - N * N : p.state ? p.state + segment.matrix * N * N : nullptr;
+        if (before) through = row_products<N>(before, rows, shared.edge, at);
       }
-      __syncwarp();
-      edge = shared.edge[at.channel];
     }
 
     const Decays decays(p.w, w, token, p.time, at);
-    const bool strong = decays.strong();
+    const bool strong = decays.strong(mild_total_backward<Exact>);
     float bonus[half_chunk];
 #pragma unroll
     for (int q = 0; q < half_chunk; ++q) {
@@ -252,15 +285,7 @@ __global__ void __launch_bounds__(2 * N) key_value_kernel(const BackwardProblem 
     }
     sum_over_channels(bonus, shared.bonus[at.warp], at);
     const bool any_strong = __syncthreads_or(strong);
-    if (any_strong) {
-#pragma unroll
-      for (int q = 0; q < half_chunk; ++q) {
-        const int t = at.half * half_chunk + q;
-        shared.strong.r[t][at.channel] = number(p.r.type, r.bits[q]);
-        shared.strong.k[t][at.channel] = number(p.k.type, k.bits[q]);
-        shared.strong.decay[t][at.channel] = decays.each[q];
-      }
-    }
+    if (any_strong) shared.strong.put(p.r, r, p.k, k, decays, strong, at);
     const Tokens r_here = r, k_here = k, w_here = w;
     const int64_t here = token;
     token -= chunk_length;
@@ -273,8 +298,7 @@ __global__ void __launch_bounds__(2 * N) key_value_kernel(const BackwardProblem 
     partial_scores<N, Exact, Exact>(shared.parts[at.warp], shared.r, shared.k, shared.inverse, at);
     partial_scores<N, Exact, Exact>(shared.dparts[at.warp], shared.dy, shared.v, nullptr, at);
     __syncthreads();
-    finish_scores<N>(
-        shared.scores, shared.parts, shared.bonus, any_strong ? &shared.strong : nullptr, shared.inverse);
+    finish_scores<N>(shared.scores, shared.parts, shared.bonus, any_strong ? &shared.strong : nullptr);
     finish_dscores<N>(shared.dscores, shared.diagonal, shared.dparts);
     __syncthreads();
 
@@ -331,6 +355,10 @@ __global__ void __launch_bounds__(2 * N) key_value_kernel(const BackwardProblem 
     const float other_keys = __shfl_xor_sync(all_lanes, keys_sum, 16);
     float d = at.half ? edge : edge + (other_products - other_keys);  // D after the last token of this half
     float later_products = at.half ? 0.0f : other_products;           // r dr' of the tokens after q
+    StrongPairs<N> pairs(shared.strong, shared.dscores, at.channel);
+    const int end_of_half = (at.half + 1) * half_chunk;
+    if (strong)
+      for (int t = chunk_length - 1; t >= end_of_half; --t) pairs.step(t, end_of_half);
 #pragma unroll
     for (int q = half_chunk - 1; q >= 0; --q) {
       const int t = at.half * half_chunk + q;
@@ -341,7 +369,8 @@ __global__ void __launch_bounds__(2 * N) key_value_kernel(const BackwardProblem 
 #pragma unroll
         for (int i = 0; i < half_chunk; ++i)
           if (i < q) earlier_keys += number(p.k.type, k_here.bits[i]) * dk[i];
-        dlw = later_products + earlier_keys + strong_dlw(shared.strong, shared.dscores, at.channel, t);
+        dlw = decays.total * through + later_products + earlier_keys + pairs.sum(t);
+        pairs.step(t, end_of_half);
         later_products += product[q];
         float decay = 1.0f;
         for (int i = t + 1; i < chunk_length; ++i) {

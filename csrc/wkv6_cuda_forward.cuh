@@ -123,14 +123,13 @@ struct ForwardShared {
 // diagonal the bonus.
 template <int N>
 __device__ inline void finish_scores(
-    Square& scores, const Square* parts, const float (*bonus)[chunk_length], const StrongRows<N>* strong,
-    const float* inverse) {
+    Square& scores, const Square* parts, const float (*bonus)[chunk_length], const StrongRows<N>* strong) {
   for (int place = threadIdx.x; place < chunk_length * chunk_length; place += 2 * N) {
     const int t = place / chunk_length, s = place % chunk_length;
     float sum = 0.0f;
     if (s <= t)
       for (int part = 0; part < N / 16; ++part) sum += s < t ? parts[part][t][s] : bonus[part][t];
-    if (s < t && strong != nullptr) sum += strong_score(*strong, inverse, t, s);
+    if (s < t && strong != nullptr) sum += strong->score(t, s);
     scores[t][s] = sum;
   }
 }
@@ -140,7 +139,7 @@ __device__ inline void finish_scores(
 // Exact: the rows are float32, and y is wanted as precisely; else their 16 bits go into the tensor cores as they are,
 // and y is rounded to 16 bits anyway. The state is float32 in both.
 template <int N, bool Exact>
-__global__ void __launch_bounds__(2 * N) forward_kernel(const ForwardProblem p) {
+__global__ void __launch_bounds__(2 * N, N == 64 ? 4 : 1) forward_kernel(const ForwardProblem p) {
   VISUALRWKV_SHARED(ForwardShared<N>, shared);
   const Place at;
   const Segment segment(p.plan);
@@ -174,21 +173,14 @@ __global__ void __launch_bounds__(2 * N) forward_kernel(const ForwardProblem p) 
         shared.v[t][at.channel] = number(p.v.type, v.bits[q]);
         bonus[q] = rq * u * kq;
       }
+      const bool strong = decays.strong(mild_total);
       if (at.half == 0) {
         shared.total[at.channel] = decays.total;
-        shared.inverse[at.channel] = decays.strong() ? 0.0f : 1.0f / decays.total;
+        shared.inverse[at.channel] = strong ? 0.0f : 1.0f / decays.total;
       }
       sum_over_channels(bonus, shared.bonus[at.warp], at);
-      any_strong = __syncthreads_or(decays.strong());
-      if (any_strong) {
-#pragma unroll
-        for (int q = 0; q < half_chunk; ++q) {
-          const int t = at.half * half_chunk + q;
-          shared.strong.r[t][at.channel] = number(p.r.type, r.bits[q]);
-          shared.strong.k[t][at.channel] = number(p.k.type, k.bits[q]);
-          shared.strong.decay[t][at.channel] = decays.each[q];
-        }
-      }
+      any_strong = __syncthreads_or(strong);
+      if (any_strong) shared.strong.put(p.r, r, p.k, k, decays, strong, at);
     }
     const int64_t here = token;
     token += chunk_length;
@@ -199,8 +191,7 @@ __global__ void __launch_bounds__(2 * N) forward_kernel(const ForwardProblem p) 
 
     partial_scores<N, Exact, Exact>(shared.parts[at.warp], shared.r, shared.k, shared.inverse, at);
     __syncthreads();
-    finish_scores<N>(
-        shared.scores, shared.parts, shared.bonus, any_strong ? &shared.strong : nullptr, shared.inverse);
+    finish_scores<N>(shared.scores, shared.parts, shared.bonus, any_strong ? &shared.strong : nullptr);
     __syncthreads();
 
     float y[2][4] = {};  // transposed: 16 columns, 16 tokens
@@ -221,9 +212,10 @@ __global__ void __launch_bounds__(2 * N) forward_kernel(const ForwardProblem p) 
     put_transposed(shared.parts[at.warp], y, at);
     __syncwarp();
 #pragma unroll
-    for (int q = 0; q < half_chunk; ++q)
-      if (here + q < p.time)
-        store(p.y, y_place + (here + q) * p.y.time_stride, shared.parts[at.warp][at.half * half_chunk + q][at.lane % 16]);
+    for (int q = 0; q < half_chunk; ++q) {
+      const float yq = shared.parts[at.warp][at.half * half_chunk + q][at.lane % 16];
+      if (here + q < p.time) store(p.y, y_place + (here + q) * p.y.time_stride, yq);
+    }
     __syncthreads();
   }
   if (segment.end == p.plan.chunks) store_state<N, true>(p.final_state + segment.matrix * N * N, s, at);
@@ -237,8 +229,8 @@ struct SegmentShared {
   float total[N];
 };
 
-// Forward in time the share of the state, sum k v decayed to the end of the segment; with Reverse, backward in time, the
-// share of its gradient, sum r dy decayed to the start. The rows x are k (or r), y are v (or dy).
+// Forward in time the share of the state, sum k v decayed to the end of the segment; with Reverse, backward in time,
+// the share of its gradient, sum r dy decayed to the start. The rows x are k (or r), y are v (or dy).
 template <int N, bool Exact, bool Reverse>
 __device__ inline void segment_share(
     const Rows& x_rows, const Rows& y_rows, const Rows& w_rows, int64_t heads, int64_t time, const Plan& plan,
@@ -284,12 +276,13 @@ __global__ void __launch_bounds__(2 * N) segment_state_kernel(const Problem p) {
   segment_share<N, Exact, false>(p.k, p.v, p.w, p.heads, p.time, p.plan, p.states, p.decays);
 }
 
-// A thread for each entry of the state. The shares are replaced by the states at the start of the segments (with Reverse
-// by the gradients at their end).
+// A thread for each entry of the state. The shares are replaced by the states at the start of the segments (with
+// Reverse by the gradients at their end).
 constexpr int scan_threads = 256;
 
 template <bool Reverse>
-__device__ inline void scan_segments(const Plan& plan, int64_t size, const float* start, float* states, const float* decays) {
+__device__ inline void scan_segments(
+    const Plan& plan, int64_t size, const float* start, float* states, const float* decays) {
   const int64_t entry = int64_t(blockIdx.x) * scan_threads + threadIdx.x, square = size * size;
   if (entry >= plan.matrices * square) return;
   const int64_t matrix = entry / square, within = entry % square, key = within / size;

@@ -35,12 +35,12 @@ using ChunkRows = float[chunk_length][N + 8];
 using Square = float[chunk_length][chunk_length + 4];
 
 // ---- Products. A 16 x 8 operand a, an 8 x 8 operand b, a 16 x 8 result d. Lane (row, pair) holds of a 16 x 8 matrix
-// the places (row, .) and (row + 8, .), and of d the columns 2 pair and 2 pair + 1. Along the inner dimension k a product
-// is free to choose the order, as long as both operands choose the same: "adjacent" operands hold k = 2 pair and
-// 2 pair + 1 (the order in which d is held, and one 64-bit read where k is contiguous), the others pair and pair + 4.
+// the places (row, .) and (row + 8, .), and of d the columns 2 pair and 2 pair + 1. Along the inner dimension k a
+// product is free to choose the order, as long as both operands choose the same: "adjacent" operands hold k = 2 pair
+// and 2 pair + 1 (the order in which d is held, and one 64-bit read where k is contiguous), the others pair and pair + 4.
 
-// The tensor cores read the 11 leading bits of a number. The rest of an operand is a second term, worth one more product
-// where the operand needs more: numbers that came in as bfloat16 or float16 never do.
+// The tensor cores read the 11 leading bits of a number. The rest of an operand is a second term, worth one more
+// product where the operand needs more: numbers that came in as bfloat16 or float16 never do.
 template <bool SplitA, bool SplitB>
 __device__ inline void multiply_add(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
   uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
@@ -142,8 +142,8 @@ __device__ inline void store_state(float* to, const StateRows<N>& s, const Place
     for (int e = 0; e < 4; ++e) to[state_place<N, Transposed>(tile, e, at)] = s[tile][e];
 }
 
-// The state moves past a chunk: rows decay by `total`, then the product of the chunk's rows x (this warp's columns) and y
-// is added. Transposed, the columns decay.
+// The state moves past a chunk: rows decay by `total`, then the product of the chunk's rows x (this warp's columns) and
+// y is added. Transposed, the columns decay.
 template <int N, bool SplitX, bool SplitY, bool Transposed>
 __device__ inline void update_state(
     StateRows<N>& s, const float* total, const float (*x)[N + 8], const float (*y)[N + 8], const Place& at) {
@@ -280,7 +280,7 @@ struct Decays {
     total = product * other;
   }
 
-  __device__ bool strong() const { return !(total >= mild_total); }
+  __device__ bool strong(float mild) const { return !(total >= mild); }  // also where it is not a number
 };
 
 // Sums over the 16 channels of a warp, for each token: x[q] of 8 tokens and both halves, to sums[16].
@@ -302,19 +302,34 @@ __device__ inline void sum_over_channels(float (&x)[half_chunk], float* sums, co
 template <int N>
 struct StrongRows {
   ChunkRows<N> r, k, decay;
-};
+  unsigned channels[N / 16];  // of each warp, a bit for each strong channel
 
-// Of each strong channel r_t d_t-1 ... d_s+1 k_s, summed.
-template <int N>
-__device__ inline float strong_score(const StrongRows<N>& x, const float* inverse, int t, int s) {
-  float sum = 0.0f;
-  for (int i = 0; i < N; ++i) {
-    if (inverse[i] != 0.0f) continue;
-    float product = x.r[t][i] * x.k[s][i];
-    for (int q = s + 1; q < t; ++q) product *= x.decay[q][i];
-    sum += product;
+  __device__ void put(
+      const Rows& r_rows, const Tokens& rs, const Rows& k_rows, const Tokens& ks, const Decays& decays, bool strong,
+      const Place& at) {
+#pragma unroll
+    for (int q = 0; q < half_chunk; ++q) {
+      const int t = at.half * half_chunk + q;
+      r[t][at.channel] = number(r_rows.type, rs.bits[q]);
+      k[t][at.channel] = number(k_rows.type, ks.bits[q]);
+      decay[t][at.channel] = decays.each[q];
+    }
+    const unsigned lanes = __ballot_sync(all_lanes, strong);
+    if (at.lane == 0) channels[at.warp] = lanes & 0xffff;
   }
-  return sum;
-}
+
+  // Of each strong channel r_t d_t-1 ... d_s+1 k_s, summed.
+  __device__ float score(int t, int s) const {
+    float sum = 0.0f;
+    for (int warp = 0; warp < N / 16; ++warp)
+      for (unsigned left = channels[warp]; left != 0; left &= left - 1) {
+        const int i = 16 * warp + __ffs(left) - 1;
+        float product = r[t][i] * k[s][i];
+        for (int q = s + 1; q < t; ++q) product *= decay[q][i];
+        sum += product;
+      }
+    return sum;
+  }
+};
 
 }  // namespace visualrwkv::cuda

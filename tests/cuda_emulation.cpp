@@ -42,12 +42,16 @@ static void set_problem(Problem<float>& p, const Call& c) {
   emulation::descending = c.descending;
 }
 
-int64_t segments(const Call* c) { return cuda::make_plan(c->batch * c->heads, c->time, c->multiprocessors).segments; }
+int64_t segments(const Call* c) {
+  cuda::ForwardProblem p;
+  set_problem(p, *c);
+  return cuda::make_plan(p, Rows{}, c->multiprocessors).segments;
+}
 
 const char* forward(const Call* c) {
   cuda::ForwardProblem p;
   set_problem(p, *c);
-  p.plan = cuda::make_plan(c->batch * c->heads, c->time, c->multiprocessors);
+  p.plan = cuda::make_plan(p, Rows{}, c->multiprocessors);
   p.y = dense(c->y, c->type, c->time, c->heads, c->size);
   p.final_state = c->final_state;
   const int64_t segments = p.plan.matrices * p.plan.segments;
@@ -59,11 +63,11 @@ const char* forward(const Call* c) {
 const char* backward(const Call* c) {
   cuda::BackwardProblem p;
   set_problem(p, *c);
-  p.plan = cuda::make_plan(c->batch * c->heads, c->time, c->multiprocessors);
   const auto rows = [&](void* data, int type) { return dense(data, type, c->time, c->heads, c->size); };
   p.dy = c->dy ? rows(c->dy, c->type) : Rows{};
   p.dr = rows(c->dr, c->type), p.dk = rows(c->dk, c->type), p.dv = rows(c->dv, c->type), p.dw = rows(c->dw, c->w_type);
   p.dfinal = c->dfinal, p.dstate = c->dstate;
+  p.plan = cuda::make_plan(p, p.dy, c->multiprocessors);
   const int64_t square = c->size * c->size, segments = p.plan.matrices * p.plan.segments;
   auto states = scratch(segments * square), dstates = scratch(segments * square), decays = scratch(segments * c->size);
   auto checkpoints = scratch(p.plan.matrices * p.plan.spans * square);

@@ -1,8 +1,8 @@
 // A GPU in plain C++, for tests: it runs the kernels of csrc/*.cuh unchanged, slowly, on any machine.
 //
-// Every thread of a block is a fiber. A fiber runs until it waits for others (a barrier, an exchange between the lanes of
-// a warp, a product on the tensor cores); then the next one runs, in ascending or descending order: results that differ
-// between the two orders, or numbers that are not numbers, come from a missing barrier. Shared memory starts as NaN.
+// Every thread of a block is a fiber. A fiber runs until it waits for others (a barrier, an exchange between the lanes
+// of a warp, a product on the tensor cores); then the next one runs, in ascending or descending order: results that
+// differ between the two orders, or are NaN, come from a missing barrier. Shared memory starts as NaN.
 #pragma once
 
 #include <ucontext.h>
@@ -167,6 +167,17 @@ inline float __shfl_sync(unsigned, float x, int lane) {
 inline float __shfl_xor_sync(unsigned mask, float x, int other) {
   return __shfl_sync(mask, x, static_cast<int>(emulation::block.running % 32) ^ other);
 }
+
+inline unsigned __ballot_sync(unsigned, int vote) {
+  unsigned lanes = 0, bit = 1;
+  for (const emulation::Words& words : emulation::exchange({{static_cast<uint32_t>(vote != 0)}})) {
+    if (words.word[0]) lanes |= bit;
+    bit *= 2;
+  }
+  return lanes;
+}
+
+inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 
 #define VISUALRWKV_SHARED(type, name)                                                      \
   static_assert(alignof(type) <= 16, "shared memory is aligned to 16 bytes");              \

@@ -71,7 +71,7 @@ def emulate(library, inputs, gy=None, gs=None, multiprocessors=1, descending=Fal
 
 def check(library, inputs, **options):
     """Against float64; both orders of the threads have to give the same bits."""
-    bounds = {"w": 1e-5}  # a difference of sums, times the logarithm of the decay
+    bounds = {"w": 5e-6}  # a difference of sums, times the logarithm of the decay
     gy, gs = torch.randn_like(inputs[0]), torch.randn_like(inputs[5], dtype=torch.float32)
     exact = in_double(wkv6_reference, inputs, gy, gs)
     results = emulate(library, inputs, gy, gs, **options)
@@ -139,7 +139,7 @@ def test_without_a_state_and_without_some_gradients(library):
         )
         results = emulate(library, inputs, of_y, of_state)
         for name, value, wanted in zip(NAMES[:-1], results, exact, strict=False):
-            assert error(value, wanted) < (1e-5 if name == "w" else 1e-6), name
+            assert error(value, wanted) < (5e-6 if name == "w" else 1e-6), name
 
 
 @pytest.mark.parametrize("time", [5, 21])
@@ -169,7 +169,7 @@ def test_low_precision_is_within_twice_the_naive_recurrence(library, dtype, w_dt
     results = emulate(library, inputs, gy, gs)
     for name, value, rough, wanted in zip(NAMES, results, naive, exact, strict=True):
         assert value.dtype == rough.dtype, name
-        assert error(value, wanted) <= max(2 * error(rough, wanted), 2e-6), name
+        assert error(value, wanted) <= max(2 * error(rough, wanted), 5e-6 if name == "w" else 2e-6), name
 
 
 def test_half_precision_numbers_are_read_and_rounded_as_torch_does(library):
