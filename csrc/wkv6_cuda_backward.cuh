@@ -7,8 +7,8 @@
 //
 // The gradient of the logarithm of the decay needs no products of the size of the state. With D_t = sum_j (G o S) after
 // token t, D_t = dlw_t + k_t dk'_t and D_t-1 = dlw_t + r_t dr'_t. That is a difference of sums, with the rounding error
-// of the largest: D starts anew from the states at the end of each span, and where decays are strong (dlw is far smaller
-// than its terms) the terms that pass through token t are added up instead. No atomics: results repeat bit by bit.
+// of the largest: D starts anew from the states at the end of each span, and where decays are strong (dlw is far
+// smaller than its terms) the terms that pass through token t are added up instead. No atomics: results repeat.
 #pragma once
 
 #include "wkv6_cuda_forward.cuh"
@@ -111,13 +111,13 @@ __global__ void __launch_bounds__(2 * N) receptance_kernel(const BackwardProblem
       w = fetch(p.w, w_place, token, p.time), dy = fetch(p.dy, dy_place, token, p.time);
     }
 
-    partial_scores<N, Exact, Exact>(shared.parts[at.warp], shared.dy, shared.v, nullptr, at);
+    partial_scores<N, as_read<Exact>, as_read<Exact>>(shared.parts[at.warp], shared.dy, shared.v, nullptr, at);
     __syncthreads();
     finish_dscores<N>(shared.dscores, shared.diagonal, shared.parts);
     __syncthreads();
 
     float x[2][4] = {};  // transposed: 16 channels, 16 tokens
-    apply_state<N, true, Exact>(x, s, shared.dy, at);
+    apply_state<N, Operand::split, as_read<Exact>>(x, s, shared.dy, at);
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
       float a[4];
@@ -128,10 +128,10 @@ __global__ void __launch_bounds__(2 * N) receptance_kernel(const BackwardProblem
       for (int n = 0; n < 2; ++n) {
         float b[2];
         transposed_b(b, shared.dscores, 8 * n, 8 * step, at);
-        multiply_add<true, true>(x[n], a, b);
+        multiply_add<Operand::split, Operand::split>(x[n], a, b);
       }
     }
-    update_state<N, true, Exact, false>(s, shared.total, shared.k, shared.v, at);
+    update_state<N, Operand::split, as_read<Exact>, false>(s, shared.total, shared.k, shared.v, at);
     if (ends_span(p.plan, chunk)) {
       const int64_t span = segment.matrix * p.plan.spans + chunk / p.plan.span_chunks;
       store_state<N, false>(p.checkpoints + span * N * N, s, at);
@@ -295,8 +295,8 @@ __global__ void __launch_bounds__(2 * N) key_value_kernel(const BackwardProblem 
       dy = fetch(p.dy, dy_place, token, p.time);
     }
 
-    partial_scores<N, Exact, Exact>(shared.parts[at.warp], shared.r, shared.k, shared.inverse, at);
-    partial_scores<N, Exact, Exact>(shared.dparts[at.warp], shared.dy, shared.v, nullptr, at);
+    partial_scores<N, rough<Exact>, rough<Exact>>(shared.parts[at.warp], shared.r, shared.k, shared.inverse, at);
+    partial_scores<N, as_read<Exact>, as_read<Exact>>(shared.dparts[at.warp], shared.dy, shared.v, nullptr, at);
     __syncthreads();
     finish_scores<N>(shared.scores, shared.parts, shared.bonus, any_strong ? &shared.strong : nullptr);
     finish_dscores<N>(shared.dscores, shared.diagonal, shared.dparts);
@@ -304,7 +304,7 @@ __global__ void __launch_bounds__(2 * N) key_value_kernel(const BackwardProblem 
 
     {
       float x[2][4] = {};  // dv transposed: 16 columns, 16 tokens
-      apply_state<N, Exact, Exact>(x, columns, shared.k, at);
+      apply_state<N, rough<Exact>, rough<Exact>>(x, columns, shared.k, at);
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
         float a[4];
@@ -313,14 +313,14 @@ __global__ void __launch_bounds__(2 * N) key_value_kernel(const BackwardProblem 
         for (int n = 0; n < 2; ++n) {
           float b[2];
           plain_b(b, shared.scores, 8 * step, 8 * n, at);
-          multiply_add<Exact, Exact>(x[n], a, b);
+          multiply_add<as_read<Exact>, rough<Exact>>(x[n], a, b);
         }
       }
       put_transposed(shared.parts[at.warp], x, at);
     }
     {
       float x[2][4] = {};  // dk' / after, transposed: 16 channels, 16 tokens
-      apply_state<N, true, Exact>(x, rows, shared.v, at);
+      apply_state<N, Operand::split, as_read<Exact>>(x, rows, shared.v, at);
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
         float a[4];
@@ -331,13 +331,13 @@ __global__ void __launch_bounds__(2 * N) key_value_kernel(const BackwardProblem 
         for (int n = 0; n < 2; ++n) {
           float b[2];
           plain_b(b, shared.dscores, 8 * step, 8 * n, at);
-          multiply_add<true, true>(x[n], a, b);
+          multiply_add<Operand::split, Operand::split>(x[n], a, b);
         }
       }
       put_transposed(shared.dparts[at.warp], x, at);
     }
-    update_state<N, true, Exact, false>(rows, shared.total, shared.r, shared.dy, at);
-    update_state<N, Exact, true, true>(columns, shared.total, shared.dy, shared.r, at);
+    update_state<N, Operand::split, as_read<Exact>, false>(rows, shared.total, shared.r, shared.dy, at);
+    update_state<N, as_read<Exact>, Operand::split, true>(columns, shared.total, shared.dy, shared.r, at);
     __syncwarp();
 
     // From here on each thread for its channel. dlw from the last token to the first, the second half before the first.

@@ -189,13 +189,13 @@ __global__ void __launch_bounds__(2 * N, N == 64 ? 4 : 1) forward_kernel(const F
       v = fetch(p.v, v_place, token, p.time), w = fetch(p.w, w_place, token, p.time);
     }
 
-    partial_scores<N, Exact, Exact>(shared.parts[at.warp], shared.r, shared.k, shared.inverse, at);
+    partial_scores<N, rough<Exact>, rough<Exact>>(shared.parts[at.warp], shared.r, shared.k, shared.inverse, at);
     __syncthreads();
     finish_scores<N>(shared.scores, shared.parts, shared.bonus, any_strong ? &shared.strong : nullptr);
     __syncthreads();
 
     float y[2][4] = {};  // transposed: 16 columns, 16 tokens
-    apply_state<N, Exact, Exact>(y, s, shared.r, at);
+    apply_state<N, rough<Exact>, rough<Exact>>(y, s, shared.r, at);
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
       float a[4];
@@ -204,10 +204,10 @@ __global__ void __launch_bounds__(2 * N, N == 64 ? 4 : 1) forward_kernel(const F
       for (int n = 0; n < 2; ++n) {
         float b[2];
         transposed_b(b, shared.scores, 8 * n, 8 * step, at);
-        multiply_add<Exact, Exact>(y[n], a, b);
+        multiply_add<as_read<Exact>, rough<Exact>>(y[n], a, b);
       }
     }
-    update_state<N, Exact, true, true>(s, shared.total, shared.v, shared.k, at);
+    update_state<N, as_read<Exact>, Operand::split, true>(s, shared.total, shared.v, shared.k, at);
 
     put_transposed(shared.parts[at.warp], y, at);
     __syncwarp();
@@ -264,7 +264,7 @@ __device__ inline void segment_share(
       w = fetch(w_rows, w_place, token, time);
     }
     __syncthreads();
-    update_state<N, true, Exact, false>(s, shared.total, shared.x, shared.y, at);
+    update_state<N, Operand::split, as_read<Exact>, false>(s, shared.total, shared.x, shared.y, at);
     __syncthreads();
   }
   store_state<N, false>(shares + segment.index * N * N, s, at);

@@ -37,25 +37,33 @@ using Square = float[chunk_length][chunk_length + 4];
 // ---- Products. A 16 x 8 operand a, an 8 x 8 operand b, a 16 x 8 result d. Lane (row, pair) holds of a 16 x 8 matrix
 // the places (row, .) and (row + 8, .), and of d the columns 2 pair and 2 pair + 1. Along the inner dimension k a
 // product is free to choose the order, as long as both operands choose the same: "adjacent" operands hold k = 2 pair
-// and 2 pair + 1 (the order in which d is held, and one 64-bit read where k is contiguous), the others pair and pair + 4.
+// and 2 pair + 1 (the order in which d is held; one 64-bit read where k is contiguous), the others pair and pair + 4.
 
-// The tensor cores read the 11 leading bits of a number. The rest of an operand is a second term, worth one more
-// product where the operand needs more: numbers that came in as bfloat16 or float16 never do.
-template <bool SplitA, bool SplitB>
+// The tensor cores read the 11 leading bits of a number. An operand is `whole` where it has no more (what came in as
+// bfloat16 or float16), `rounded` where they do, or `split`: the rest is a second term, worth one more product.
+enum class Operand { whole, rounded, split };
+
+// The rows of the tensors as they were read, and what is made of them where only 16 bits of the result count.
+template <bool Exact>
+constexpr Operand as_read = Exact ? Operand::split : Operand::whole;
+template <bool Exact>
+constexpr Operand rough = Exact ? Operand::split : Operand::rounded;
+
+template <Operand A, Operand B>
 __device__ inline void multiply_add(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
   uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
 #pragma unroll
   for (int x = 0; x < 4; ++x) {
-    a_high[x] = round_to_tf32(a[x]);
-    if (SplitA) a_low[x] = round_to_tf32(a[x] - __uint_as_float(a_high[x]));
+    a_high[x] = A == Operand::whole ? __float_as_uint(a[x]) : round_to_tf32(a[x]);
+    if (A == Operand::split) a_low[x] = round_to_tf32(a[x] - __uint_as_float(a_high[x]));
   }
 #pragma unroll
   for (int x = 0; x < 2; ++x) {
-    b_high[x] = round_to_tf32(b[x]);
-    if (SplitB) b_low[x] = round_to_tf32(b[x] - __uint_as_float(b_high[x]));
+    b_high[x] = B == Operand::whole ? __float_as_uint(b[x]) : round_to_tf32(b[x]);
+    if (B == Operand::split) b_low[x] = round_to_tf32(b[x] - __uint_as_float(b_high[x]));
   }
-  if (SplitA) tensor_core_multiply_add(d, a_low, b_high);
-  if (SplitB) tensor_core_multiply_add(d, a_high, b_low);
+  if (A == Operand::split) tensor_core_multiply_add(d, a_low, b_high);
+  if (B == Operand::split) tensor_core_multiply_add(d, a_high, b_low);
   tensor_core_multiply_add(d, a_high, b_high);
 }
 
@@ -144,7 +152,7 @@ __device__ inline void store_state(float* to, const StateRows<N>& s, const Place
 
 // The state moves past a chunk: rows decay by `total`, then the product of the chunk's rows x (this warp's columns) and
 // y is added. Transposed, the columns decay.
-template <int N, bool SplitX, bool SplitY, bool Transposed>
+template <int N, Operand X, Operand Y, bool Transposed>
 __device__ inline void update_state(
     StateRows<N>& s, const float* total, const float (*x)[N + 8], const float (*y)[N + 8], const Place& at) {
   float a[2][4];
@@ -159,13 +167,13 @@ __device__ inline void update_state(
     for (int step = 0; step < 2; ++step) {
       float b[2];
       plain_b(b, y, 8 * step, 8 * tile, at);
-      multiply_add<SplitX, SplitY>(s[tile], a[step], b);
+      multiply_add<X, Y>(s[tile], a[step], b);
     }
   }
 }
 
 // d += (rows of the state of this warp) x^T, with x of shape (16, N)
-template <int N, bool SplitState, bool SplitX>
+template <int N, Operand State, Operand X>
 __device__ inline void apply_state(
     float (&d)[2][4], const StateRows<N>& s, const float (*x)[N + 8], const Place& at) {
 #pragma unroll
@@ -176,13 +184,13 @@ __device__ inline void apply_state(
     for (int n = 0; n < 2; ++n) {
       float b[2];
       adjacent_b(b, x, 8 * n, 8 * tile, at);
-      multiply_add<SplitState, SplitX>(d[n], a, b);
+      multiply_add<State, X>(d[n], a, b);
     }
   }
 }
 
 // part = x y^T over this warp's 16 channels; `scale` of a channel multiplies y, where given.
-template <int N, bool SplitX, bool SplitY>
+template <int N, Operand X, Operand Y>
 __device__ inline void partial_scores(
     Square& part, const float (*x)[N + 8], const float (*y)[N + 8], const float* scale, const Place& at) {
   float d[2][4] = {};
@@ -196,7 +204,7 @@ __device__ inline void partial_scores(
       float b[2];
       adjacent_b(b, y, 8 * n, k, at);
       if (scale) b[0] *= scale[k + 2 * at.pair], b[1] *= scale[k + 2 * at.pair + 1];
-      multiply_add<SplitX, SplitY>(d[n], a, b);
+      multiply_add<X, Y>(d[n], a, b);
     }
   }
   put(part, d, at);
