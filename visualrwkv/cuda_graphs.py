@@ -8,6 +8,7 @@ hand lives in that memory from step to step: the `RWKVState` that was decoded la
 `RWKV.forward` comes here for single tokens without gradients; its modules stay the definition of what a step computes.
 """
 
+import threading
 import warnings
 import weakref
 from collections import OrderedDict
@@ -21,6 +22,7 @@ from visualrwkv.state import LayerState, RWKVState
 
 _KEPT = 4  # graphs of a model, one for each number of sequences; each has memory for their states
 _steps: "weakref.WeakKeyDictionary[torch.nn.Module, OrderedDict[tuple, StaticStep]]" = weakref.WeakKeyDictionary()
+_lock = threading.Lock()  # threads that ask the same model share its graphs and their memory
 _failed: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()
 
 
@@ -36,6 +38,13 @@ def step(rwkv: torch.nn.Module, embeds: Tensor, state: RWKVState) -> Tensor | No
     """
     if not _applies(rwkv, embeds, state):
         return None
+    with _lock:
+        static = _find(rwkv, embeds, state)
+        return None if static is None else static(embeds, state)
+
+
+def _find(rwkv: torch.nn.Module, embeds: Tensor, state: RWKVState) -> "StaticStep | None":
+    """The recorded step for this call; records it if there is none."""
     steps = _steps.setdefault(rwkv, OrderedDict())
     key = (embeds.shape[0], embeds.dtype, embeds.device, *_weights(rwkv))
     static = steps.get(key)
@@ -53,7 +62,7 @@ def step(rwkv: torch.nn.Module, embeds: Tensor, state: RWKVState) -> Tensor | No
             return None
         steps[key] = static
     steps.move_to_end(key)
-    return static(embeds, state)
+    return static
 
 
 def record(function: Callable[[], None]) -> Callable[[], None]:
@@ -65,7 +74,7 @@ def record(function: Callable[[], None]) -> Callable[[], None]:
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may go on as they like
         function()
     return graph.replay
 
