@@ -20,7 +20,8 @@ constexpr int64_t most_blocks = 0x7fffffff;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-bool is_short(const Rows& x) { return x.data == nullptr || x.type == Type::bf16 || x.type == Type::f16; }
+// Results in float16 are rounded no more coarsely than the tensor cores round operands: it goes the way of float32.
+bool is_coarse(const Rows& x) { return x.data == nullptr || x.type == Type::bf16; }
 
 template <typename Kernel, typename Problem>
 const char* run(Kernel* kernel, int64_t blocks, int threads, size_t shared, const Problem& p, void* stream) {
@@ -95,7 +96,7 @@ Plan make_plan(const Problem<float>& p, const Rows& dy, int multiprocessors) {
   Plan plan;
   plan.matrices = matrices;
   plan.chunks = static_cast<int>(ceil_div(p.time, chunk_length));
-  plan.exact = !(is_short(p.r) && is_short(p.k) && is_short(p.v) && is_short(dy));
+  plan.exact = !(is_coarse(p.r) && is_coarse(p.k) && is_coarse(p.v) && is_coarse(dy));
   // Enough matrices fill the GPU by themselves. Else segments do, at the price of a second walk over the sequence.
   plan.segment_chunks = plan.chunks;
   if (0 < matrices && matrices < multiprocessors) {

@@ -10,7 +10,7 @@ constexpr int chunk_length = 16;
 // How the sequences are cut. A chunk is what one step of a block of threads works on. A segment is a run of chunks that
 // one block walks through; with more than one segment for a sequence a first pass over all of them finds the states in
 // between. A span is the stretch of a segment after which the backward pass keeps the state: a chunk where results are
-// wanted as precise as float32 allows (`exact`: some rows are float32), a few where they are rounded to 16 bits.
+// wanted as precise as float32 allows (`exact`: not all rows are bfloat16), a few where they are rounded to bfloat16.
 struct Plan {
   int64_t matrices;  // batch * heads
   int chunks, segments, segment_chunks, span_chunks, spans;

@@ -136,8 +136,8 @@ __device__ inline void finish_scores(
 
 // A warp has 16 columns of the state. Within a chunk, with R and K as they lie in shared memory:
 //   y = A V + R S,   A = tril(R (K / total)^T) + strong channels + bonus,   S <- total S + K^T V
-// Exact: the rows are float32, and y is wanted as precisely; else their 16 bits go into the tensor cores as they are,
-// and y is rounded to 16 bits anyway. The state is float32 in both.
+// Exact: y is wanted as precise as float32 allows; else the rows are bfloat16, which goes into the tensor cores as it
+// is, and y is rounded to bfloat16 anyway. The state is float32 in both.
 template <int N, bool Exact>
 __global__ void __launch_bounds__(2 * N, N == 64 ? 4 : 1) forward_kernel(const ForwardProblem p) {
   VISUALRWKV_SHARED(ForwardShared<N>, shared);

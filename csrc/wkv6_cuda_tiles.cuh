@@ -40,10 +40,10 @@ using Square = float[chunk_length][chunk_length + 4];
 // and 2 pair + 1 (the order in which d is held; one 64-bit read where k is contiguous), the others pair and pair + 4.
 
 // The tensor cores read the 11 leading bits of a number. An operand is `whole` where it has no more (what came in as
-// bfloat16 or float16), `rounded` where they do, or `split`: the rest is a second term, worth one more product.
+// bfloat16), `rounded` where they do, or `split`: the rest is a second term, worth one more product.
 enum class Operand { whole, rounded, split };
 
-// The rows of the tensors as they were read, and what is made of them where only 16 bits of the result count.
+// The rows of the tensors as they were read, and what is made of them where the result is rounded to bfloat16.
 template <bool Exact>
 constexpr Operand as_read = Exact ? Operand::split : Operand::whole;
 template <bool Exact>
