@@ -145,3 +145,17 @@ def test_graphs(random_folder, batch):
     with torch.no_grad():
         rwkv(embeds[0].half(), RWKVState.zeros(rwkv.config, batch, device="cuda", dtype=torch.float16))
     assert len(cuda_graphs._steps[rwkv]) == 1, "the graph over the old weights is gone"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_same_answers_with_and_without_graphs(random_folder, pictures):
+    import visualrwkv
+
+    vlm = visualrwkv.load(random_folder, device="cuda", dtype="float32")
+    questions = ["What colour is the circle?", "What?"]
+    with use_kernel(False):
+        wanted = vlm.ask(pictures[:2], questions, max_new_tokens=16)
+    assert vlm.ask(pictures[:2], questions, max_new_tokens=16) == wanted
+    assert [vlm.ask(*each, max_new_tokens=16) for each in zip(pictures, questions, strict=False)] == wanted
+    assert len(cuda_graphs._steps[vlm.model.rwkv]) == 2
