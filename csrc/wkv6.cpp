@@ -1,4 +1,4 @@
-// The operator of RWKV-6: schema, checks of the arguments, and the CPU side. What it computes is written down in
+// The operator of RWKV-6: schema, and the CPU side. What it computes is written down in
 // visualrwkv/ops/reference.py; visualrwkv/ops/kernel.py adds the shapes for tracing and the autograd formula.
 
 #include <ATen/Parallel.h>
@@ -12,70 +12,11 @@
 #include <string>
 #include <tuple>
 
+#include "wkv6_check.h"
 #include "wkv6_cpu.h"
 
 namespace visualrwkv {
 namespace {
-
-using at::Tensor;
-
-void check_rows(const char* name, const Tensor& x, const Tensor& r) {
-  TORCH_CHECK_VALUE(x.sizes() == r.sizes(), name, " has shape ", x.sizes(), " but r has shape ", r.sizes());
-  TORCH_CHECK_VALUE(x.device() == r.device(), name, " is on ", x.device(), " but r is on ", r.device());
-  TORCH_CHECK_VALUE(
-      x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble || x.scalar_type() == at::kBFloat16 ||
-          x.scalar_type() == at::kHalf,
-      name, " has dtype ", x.scalar_type(), "; a floating point dtype of 16, 32 or 64 bits is needed");
-}
-
-// The type of the state and of all arithmetic: double if an argument is, else float.
-at::ScalarType compute_type(at::ArrayRef<Tensor> tensors) {
-  for (const Tensor& x : tensors)
-    if (x.defined() && x.scalar_type() == at::kDouble) return at::kDouble;
-  return at::kFloat;
-}
-
-void check(
-    const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u, const Tensor& state) {
-  TORCH_CHECK_VALUE(r.dim() == 4, "r must have shape (batch, time, heads, head_size), got ", r.sizes());
-  check_rows("r", r, r);
-  check_rows("k", k, r);
-  check_rows("v", v, r);
-  check_rows("w", w, r);
-  TORCH_CHECK_VALUE(r.size(1) >= 1, "r has shape ", r.sizes(), ": at least one time step is needed");
-  TORCH_CHECK_VALUE(
-      u.sizes() == at::IntArrayRef({r.size(2), r.size(3)}), "u has shape ", u.sizes(), " but r has shape ", r.sizes());
-  if (state.defined())
-    TORCH_CHECK_VALUE(
-        state.sizes() == at::IntArrayRef({r.size(0), r.size(2), r.size(3), r.size(3)}), "state has shape ",
-        state.sizes(), " but r has shape ", r.sizes());
-}
-
-Type type_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kDouble: return Type::f64;
-    case at::kBFloat16: return Type::bf16;
-    case at::kHalf: return Type::f16;
-    default: return Type::f32;
-  }
-}
-
-Rows rows_of(const Tensor& x) {
-  if (!x.defined()) return Rows{};
-  return Rows{static_cast<char*>(x.data_ptr()), type_of(x), x.stride(0), x.stride(1), x.stride(2)};
-}
-
-// Rows need to be contiguous along the last axis only.
-Tensor with_dense_rows(const Tensor& x) {
-  return !x.defined() || x.stride(3) == 1 || x.size(3) == 1 ? x : x.contiguous();
-}
-
-Tensor dense(const Tensor& x, at::ScalarType type) { return x.defined() ? x.to(type).contiguous() : x; }
-
-template <typename T>
-T* pointer(const Tensor& x) {
-  return x.defined() ? x.mutable_data_ptr<T>() : nullptr;
-}
 
 template <typename T>
 const Kernels<T>& chosen_kernels() {
@@ -99,22 +40,6 @@ void run(void (*kernel)(const Arguments&, int64_t, int64_t), const Arguments& p)
   constexpr int64_t tokens_per_thread = 32;
   const int64_t grain = std::max<int64_t>(1, tokens_per_thread / p.time);
   at::parallel_for(0, p.batch * p.heads, grain, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
-}
-
-template <typename T>
-void set_problem(
-    Problem<T>& p, const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u,
-    const Tensor& state) {
-  p.batch = r.size(0);
-  p.time = r.size(1);
-  p.heads = r.size(2);
-  p.size = r.size(3);
-  p.r = rows_of(r);
-  p.k = rows_of(k);
-  p.v = rows_of(v);
-  p.w = rows_of(w);
-  p.u = pointer<T>(u);
-  p.state = pointer<T>(state);
 }
 
 std::tuple<Tensor, Tensor> forward_cpu(
@@ -149,11 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
   const Tensor dfinal_given = dfinal_.value_or(Tensor());
   check(r_, k_, v_, w_, u_, initial);
   const int64_t batch = r_.size(0), heads = r_.size(2), size = r_.size(3);
-  if (dy_given.defined()) check_rows("dy", dy_given, r_);
-  if (dfinal_given.defined())
-    TORCH_CHECK_VALUE(
-        dfinal_given.sizes() == at::IntArrayRef({batch, heads, size, size}), "dfinal has shape ",
-        dfinal_given.sizes(), " but r has shape ", r_.sizes());
+  check_gradients(dy_given, dfinal_given, r_);
   const auto type = compute_type({r_, k_, v_, w_, u_, initial});
   const Tensor r = with_dense_rows(r_), k = with_dense_rows(k_), v = with_dense_rows(v_), w = with_dense_rows(w_);
   const Tensor u = dense(u_, type), state = dense(initial, type), dfinal = dense(dfinal_given, type);

@@ -298,6 +298,8 @@ def test_without_a_compiler_pytorch_does_the_work(tmp_path):
     assert out.splitlines()[1].startswith("1 the compiled kernels are not available")
     code, out, _ = python("-m", "visualrwkv.ops.build", cache=tmp_path, PATH="")
     assert code == 1 and out.startswith("not built: there is no C++ compiler 'c++' on the PATH")
+    code, out, err = python("-m", "visualrwkv.ops.build", "gpu", cache=tmp_path, PATH="")
+    assert code == 2 and not out and "gpu" in err and "cpu and cuda" in err
 
 
 def test_switched_off_by_the_environment(tmp_path):
@@ -335,7 +337,7 @@ def test_a_failed_build_is_remembered(tmp_path):
 
 @needs_kernel
 def test_two_processes_build_at_once(tmp_path):
-    command = [sys.executable, "-m", "visualrwkv.ops.build"]
+    command = [sys.executable, "-m", "visualrwkv.ops.build", "cpu"]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment(tmp_path)}
     for process in [subprocess.Popen(command, **options) for _ in range(2)]:
         out, err = process.communicate(timeout=900)

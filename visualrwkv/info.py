@@ -36,7 +36,7 @@ def installation() -> list[tuple[str, str]]:
     if not torch.cuda.device_count():
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
         rows.append(("cuda", f"no device ({built})"))
-    rows.append(("wkv6", describe()))
+    rows += [("wkv6 on cpu", describe("cpu")), ("wkv6 on cuda", describe("cuda"))]
     return rows
 
 

@@ -1,7 +1,8 @@
 """The compiled form of the operator: `torch.ops.visualrwkv.wkv6` of csrc, made known to autograd and torch.compile.
 
-The library is built at first use (`visualrwkv.ops.build`). The environment variable VISUALRWKV_KERNEL=0 keeps to the
-PyTorch form, which gives the same results; `use_kernel` does so for a piece of code.
+There is one library for the CPU and one for CUDA, each built at first use (`visualrwkv.ops.build`). The environment
+variable VISUALRWKV_KERNEL=0 keeps to the PyTorch form, which gives the same results; `use_kernel` does so for a piece
+of code.
 """
 
 import os
@@ -14,7 +15,11 @@ from torch import Tensor
 from visualrwkv.ops.reference import check_arguments, compute_dtype
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CUDA_HEAD_SIZES = (32, 64, 128)
 _registered = False
+_in_place = False
+_on_cuda = False  # whether the library of CUDA is loaded
 _wanted = os.environ.get("VISUALRWKV_KERNEL", "1") != "0"
 
 
@@ -29,8 +34,29 @@ def use_kernel(wanted: bool) -> Iterator[None]:
         _wanted = before
 
 
+def kernels_wanted() -> bool:
+    """Whether compiled forms may be used at all: False with VISUALRWKV_KERNEL=0 and within `use_kernel(False)`."""
+    return _wanted
+
+
+@contextmanager
+def states_in_place() -> Iterator[None]:
+    """Within the block the compiled form on a GPU writes the new state over the given one and returns that tensor.
+
+    For decoding from memory that stays where it is (`visualrwkv.cuda_graphs`); gradients do not flow.
+    """
+    global _in_place
+    before, _in_place = _in_place, True
+    try:
+        yield
+    finally:
+        _in_place = before
+
+
 def usable(*tensors: Tensor | None) -> bool:
     """Whether the compiled form can take these arguments; loads the library when asked for the first time."""
+    if tensors[0].device.type == "cuda":
+        return _usable_on_cuda(*tensors)
     if not _wanted or any(x is not None and (x.device.type != "cpu" or x.dtype not in _DTYPES) for x in tensors):
         return False
     if not _registered and not torch.compiler.is_compiling():
@@ -39,6 +65,22 @@ def usable(*tensors: Tensor | None) -> bool:
         if build.load() == "":
             _register()
     return _registered
+
+
+def _usable_on_cuda(*tensors: Tensor | None) -> bool:
+    """`usable` for tensors on a GPU; float64 and heads of other sizes are left to PyTorch."""
+    global _on_cuda
+    if not _wanted or tensors[0].shape[-1] not in _CUDA_HEAD_SIZES:
+        return False
+    if any(x is not None and (x.device.type != "cuda" or x.dtype not in _CUDA_DTYPES) for x in tensors):
+        return False
+    if not _on_cuda and not torch.compiler.is_compiling():
+        from visualrwkv.ops import build
+
+        if build.load(device="cuda") == "":
+            _register()
+            _on_cuda = True
+    return _on_cuda
 
 
 def wkv6_kernel(
@@ -62,6 +104,8 @@ def run_kernel(
 ) -> tuple[Tensor, Tensor]:
     """`wkv6_kernel` where `usable` is known to hold."""
     check_arguments(r, k, v, w, u, state)
+    if _in_place and r.device.type == "cuda" and state is not None:
+        return torch.ops.visualrwkv.wkv6_in_place(r, k, v, w, u, state), state
     return torch.ops.visualrwkv.wkv6(r, k, v, w, u, state)
 
 

@@ -1,0 +1,252 @@
+"""The CUDA kernels: their build wherever nvcc is, their results on a GPU (test_cuda_emulation.py needs neither)."""
+
+import os
+import sys
+
+import pytest
+import torch
+from test_kernel import COMPILER, NAMES, in_double, python
+from test_ops import DECAYS, check_golden, error, golden, gradients, sample
+
+from visualrwkv.ops import build, use_kernel, wkv6, wkv6_chunked, wkv6_kernel, wkv6_reference
+
+
+def toolkit() -> str:
+    """Why the CUDA library cannot be built here; empty if it can."""
+    if not COMPILER or sys.platform == "win32":
+        return "needs a C++ compiler"
+    try:
+        build._cuda_home()
+        return ""
+    except build.BuildError as error:
+        return str(error)
+
+
+MISSING = toolkit()
+needs_nvcc = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+needs_gpu = [
+    needs_nvcc,
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+GPU = torch.device("cuda")
+
+
+def on_gpu(inputs):
+    return [x.to(GPU) for x in inputs]
+
+
+def outputs(form, inputs, gy, gs):
+    return [x.cpu() for x in gradients(form, on_gpu(inputs), gy.to(GPU), gs.to(GPU))]
+
+
+# ---- Without a GPU.
+
+
+@needs_nvcc
+def test_compiles_and_loads():
+    """For all architectures, in the user's cache: minutes the first time, nothing afterwards."""
+    assert build.load(retry=True, device="cuda") == ""
+    for name in ("wkv6", "wkv6_backward", "wkv6_in_place"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"visualrwkv::{name}", "CUDA")
+    assert "PTX" in build.describe("cuda") or "TORCH_CUDA_ARCH_LIST" in os.environ
+
+
+USE = """
+import warnings
+from visualrwkv.ops import build
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        build.load(device="cuda")
+print(len(caught), build.outcome("cpu"), "|", build.outcome("cuda"))
+"""
+
+
+@pytest.mark.skipif(not COMPILER or sys.platform == "win32", reason="needs a C++ compiler")
+def test_without_nvcc_there_is_one_warning_and_a_reason(tmp_path):
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    code, out, err = python("-c", USE, cache=cache, CUDA_HOME=str(tmp_path))
+    assert code == 0, err
+    reason = str(tmp_path) if torch.version.cuda else "PyTorch is built without CUDA"
+    assert out.startswith("1  | ") and reason in out
+    code, out, err = python("-m", "visualrwkv.ops.build", cache=cache, CUDA_HOME=str(tmp_path))
+    assert code == 0, err
+    ready, none = out.splitlines()
+    assert ready.startswith("the kernels are ready") and none.startswith("no CUDA kernels: ") and reason in none
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs a PyTorch with CUDA")
+def test_another_version_of_nvcc_is_named(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "cuda_runtime.h").touch()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 9.1, V9.1.85\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(build.BuildError, match=rf"CUDA 9\.1, PyTorch of CUDA {torch.version.cuda}"):
+        build._cuda_home()
+
+
+def test_a_call_on_the_cpu_never_asks_for_cuda(tmp_path):
+    script = """
+import torch
+from visualrwkv.ops import build, wkv6
+build._cuda_home = build._build = None
+x = torch.randn(1, 20, 2, 64)
+wkv6(x, x, x, x, x[0, 0])
+print(build.outcome("cuda"))
+"""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    code, out, err = python("-c", script, cache=cache)
+    assert code == 0 and out == "None\n", err
+
+
+def test_libraries_depend_on_their_own_sources(tmp_path, monkeypatch):
+    for name in ("wkv6.cpp", "wkv6_cpu.h", "wkv6_cuda.cu", "wkv6_check.h"):
+        (tmp_path / name).write_text("1")
+    monkeypatch.setattr(build, "source_folder", lambda: tmp_path)
+    assert [path.name for path in build.sources("cpu")] == ["wkv6.cpp"]
+    assert [path.name for path in build.sources("cuda")] == ["wkv6_cuda.cu"]
+    cpu, cuda = build.cache_folder("cpu"), build.cache_folder("cuda")
+    (tmp_path / "wkv6_cuda.cu").write_text("2")
+    assert build.cache_folder("cpu") == cpu and build.cache_folder("cuda") != cuda
+    cuda = build.cache_folder("cuda")
+    (tmp_path / "wkv6_cpu.h").write_text("2")
+    assert build.cache_folder("cpu") != cpu and build.cache_folder("cuda") == cuda
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
+    assert build.cache_folder("cuda") != cuda
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_benchmark_says_that_it_needs_a_gpu():
+    pytest.importorskip("bench.gpu")
+    code, out, err = python("-m", "bench.gpu", cache=os.environ.get("HOME", "/"))
+    assert code == 2 and not out and len(err.splitlines()) == 1 and "needs a CUDA device" in err
+
+
+# ---- With a GPU.
+
+
+class TestOnAGPU:
+    pytestmark = needs_gpu
+
+    @pytest.mark.parametrize("name", ["wkv6_a", "wkv6_b", "wkv6_extreme"])
+    def test_golden(self, name):
+        data = golden(f"{name}.safetensors")
+        results = gradients(wkv6, on_gpu(data[key] for key in "rkvwu"), data["gy"].to(GPU))
+        check_golden(data, "", [x.cpu() for x in results])
+
+    @pytest.mark.parametrize("name", ["wkv6_state", "wkv6_state_gs"])
+    def test_golden_from_a_state(self, name):
+        data = golden(f"{name}.safetensors")
+        inputs = on_gpu(data[key] for key in ("r", "k", "v", "w", "u", "s0"))
+        gs = data.get("gs_out")
+        results = gradients(wkv6, inputs, data["gy"].to(GPU), None if gs is None else gs.to(GPU))
+        check_golden(data, "__s0", [x.cpu() for x in results])
+
+    @pytest.mark.parametrize("size", [32, 64, 128])
+    @pytest.mark.parametrize("time", [1, 5, 15, 16, 17, 100, 641])
+    def test_head_sizes_and_lengths(self, size, time):
+        inputs = sample(2, time, 3, size)
+        gy, gs = torch.randn_like(inputs[0]), torch.randn_like(inputs[5])
+        exact = in_double(wkv6_chunked, inputs, gy, gs)
+        for name, value, wanted in zip(NAMES, outputs(wkv6_kernel, inputs, gy, gs), exact, strict=True):
+            assert error(value, wanted) < (1e-5 if name == "w" else 3e-6), name
+
+    @pytest.mark.parametrize("batch", [1, 64])
+    @pytest.mark.parametrize(("mean", "spread"), DECAYS)
+    def test_every_decay(self, mean, spread, batch):
+        """A few sequences in segments, and many in one."""
+        inputs = sample(batch, 300, 4, mean=mean, spread=spread)
+        gy, gs = torch.randn_like(inputs[0]), torch.randn_like(inputs[5])
+        exact = in_double(wkv6_chunked, inputs, gy, gs)
+        for name, value, wanted in zip(NAMES, outputs(wkv6_kernel, inputs, gy, gs), exact, strict=True):
+            assert error(value, wanted) < (1e-5 if name == "w" else 3e-6), name
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("time", [7, 300])
+    def test_low_precision_is_within_twice_the_naive_recurrence(self, dtype, time):
+        inputs = sample(2, time, 2, mean=-3.0, dtype=dtype)
+        inputs[5] = inputs[5].float()
+        gy, gs = torch.randn_like(inputs[0]), torch.randn_like(inputs[5])
+        exact = in_double(wkv6_reference, inputs, gy, gs)
+        naive = gradients(wkv6_reference, inputs, gy, gs)
+        results = outputs(wkv6_kernel, inputs, gy, gs)
+        for name, value, rough, wanted in zip(NAMES, results, naive, exact, strict=True):
+            assert value.dtype == rough.dtype, name
+            assert error(value, wanted) <= max(2 * error(rough, wanted), 3e-6), name
+
+    def test_float64_and_other_head_sizes_are_left_to_pytorch(self):
+        inputs = [x.requires_grad_() for x in on_gpu(sample(1, 9, 2, 3, mean=-1.0, dtype=torch.float64))]
+        assert torch.autograd.gradcheck(wkv6, inputs, fast_mode=True)
+        inputs = sample(1, 20, 2, 40)
+        assert error(wkv6(*on_gpu(inputs))[0].cpu(), wkv6_reference(*inputs)[0]) < 1e-5
+
+    def test_gradients_against_differences(self):
+        inputs = [x.requires_grad_() for x in on_gpu(sample(1, 20, 1, 32, mean=-1.0))]
+        assert torch.autograd.gradcheck(wkv6_kernel, inputs, eps=1e-2, atol=2e-2, rtol=2e-2, fast_mode=True)
+
+    @pytest.mark.parametrize("time", [3, 50])
+    def test_opcheck(self, time):
+        inputs = on_gpu(sample(1, time, 2))
+        for state in (inputs[5], None):
+            arguments = [x.clone().requires_grad_() for x in inputs[:5]]
+            torch.library.opcheck(torch.ops.visualrwkv.wkv6.default, (*arguments, state))
+
+    def test_repeats_bit_by_bit(self):
+        inputs = sample(2, 500, 4, dtype=torch.bfloat16)
+        inputs[5] = inputs[5].float()
+        gy, gs = torch.randn_like(inputs[0]), torch.randn_like(inputs[5])
+        first = outputs(wkv6_kernel, inputs, gy, gs)
+        for _ in range(3):
+            assert all(torch.equal(a, b) for a, b in zip(first, outputs(wkv6_kernel, inputs, gy, gs), strict=True))
+
+    def test_padding_leaves_the_state_untouched(self):
+        for time in (5, 40):
+            r, k, v, w, u, state = on_gpu(sample(2, time, 2))
+            state.requires_grad_()
+            _, final = wkv6_kernel(r, torch.zeros_like(k), v, torch.full_like(w, -torch.inf), u, state)
+            assert torch.equal(final, state)
+            gs = torch.randn_like(state)
+            (through,) = torch.autograd.grad((final * gs).sum(), state)
+            assert torch.equal(through, gs)
+
+    def test_other_streams_and_graphs(self):
+        inputs = on_gpu(sample(1, 100, 2))
+        wanted = wkv6_kernel(*inputs)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            results = wkv6_kernel(*inputs)
+        stream.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(results, wanted, strict=True))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = wkv6_kernel(*inputs)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(results, wanted, strict=True))
+
+    def test_in_place(self):
+        for time in (1, 15, 300):
+            inputs = on_gpu(sample(1, time, 2))
+            y, final = wkv6_kernel(*inputs)
+            assert torch.equal(torch.ops.visualrwkv.wkv6_in_place(*inputs), y)
+            assert torch.equal(inputs[5], final)
+
+    def test_strided_arguments(self):
+        r, k, v, w, u, state = on_gpu(sample(2, 40, 2))
+        joint = torch.stack([r, k, v], 2).transpose(0, 1)
+        views = [joint[:, :, i].transpose(0, 1) for i in range(3)]
+        results = wkv6_kernel(*views, w[:, :1].expand_as(w), u, state)
+        wanted = wkv6_kernel(r, k, v, w[:, :1].repeat(1, 40, 1, 1), u, state)
+        assert all(torch.equal(a, b) for a, b in zip(results, wanted, strict=True))
+
+    def test_the_pytorch_form_can_be_chosen(self):
+        inputs = on_gpu(sample(1, 20, 2))
+        with use_kernel(False):
+            plain = wkv6(*inputs)
+        for a, b in zip(plain, wkv6(*inputs), strict=True):
+            assert error(a.cpu(), b.cpu()) < 1e-5

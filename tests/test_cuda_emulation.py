@@ -1,0 +1,196 @@
+"""The CUDA kernels run on the CPU: csrc/*.cu compiled by the C++ compiler against tests/cuda_emulation.h.
+
+This checks the arithmetic, the indices and the barriers without a GPU. What it cannot check is what only nvcc and the
+device know: see test_cuda.py.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_kernel import NAMES, in_double
+from test_ops import DECAYS, error, gradients, sample
+
+from visualrwkv.ops import wkv6_reference
+
+COMPILER = shutil.which(os.environ.get("CXX", "c++").split()[0])
+pytestmark = pytest.mark.skipif(not COMPILER or sys.platform != "linux", reason="needs Linux and a C++ compiler")
+
+TYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # enum Type of csrc/wkv6_problem.h
+INTEGERS = ("batch", "time", "heads", "size", "multiprocessors", "descending", "type", "w_type")
+POINTERS = ("r", "k", "v", "w", "u", "state", "y", "final_state", "dy", "dfinal")
+GRADIENTS = ("dr", "dk", "dv", "dw", "du", "dstate")
+
+
+class Call(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in INTEGERS] + [
+        (name, ctypes.c_void_p) for name in POINTERS + GRADIENTS
+    ]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    path = tmp_path_factory.mktemp("emulation") / "emulation.so"
+    source = Path(__file__).with_name("cuda_emulation.cpp")
+    command = [COMPILER, "-O1", "-std=c++17", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas", "-o", path, source]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    library = ctypes.CDLL(path)
+    for function in (library.forward, library.backward):
+        function.argtypes, function.restype = [ctypes.POINTER(Call)], ctypes.c_char_p
+    library.segments.argtypes, library.segments.restype = [ctypes.POINTER(Call)], ctypes.c_int64
+    return library
+
+
+def emulate(library, inputs, gy=None, gs=None, multiprocessors=1, descending=False, backward=True):
+    """What `gradients` gives of the CUDA kernels: y, the final state and the gradients of r, k, v, w, u, state."""
+    r, k, v, w, u, *rest = (x.contiguous() for x in inputs)
+    state = rest[0].float() if rest else None
+    batch, time, heads, size = r.shape
+    tensors = {"r": r, "k": k, "v": v, "w": w, "u": u.float(), "state": state, "dfinal": gs}
+    tensors["dy"] = None if gy is None else gy.to(r.dtype)
+    nan = {"y": r, "dr": r, "dk": k, "dv": v, "dw": w, "du": tensors["u"]}
+    tensors |= {name: torch.full_like(x, torch.nan) for name, x in nan.items()}
+    tensors |= {name: torch.full((batch, heads, size, size), torch.nan) for name in ("final_state", "dstate")}
+    call = Call(
+        *(batch, time, heads, size, multiprocessors, descending, TYPES[r.dtype], TYPES[w.dtype]),
+        *(None if tensors[name] is None else tensors[name].data_ptr() for name in POINTERS + GRADIENTS),
+    )
+    assert library.forward(call) is None
+    results = [tensors["y"], tensors["final_state"]]
+    if backward:
+        assert library.backward(call) is None
+        results += [tensors[name] for name in GRADIENTS]
+    return results
+
+
+def check(library, inputs, both_orders=False, **options):
+    """Against float64; where asked for, both orders of the threads have to give the same bits."""
+    bounds = {"w": 5e-6}  # a difference of sums, times the logarithm of the decay
+    gy, gs = torch.randn_like(inputs[0]), torch.randn_like(inputs[5], dtype=torch.float32)
+    exact = in_double(wkv6_reference, inputs, gy, gs)
+    results = emulate(library, inputs, gy, gs, **options)
+    for name, value, wanted in zip(NAMES, results, exact, strict=True):
+        assert value.isfinite().all(), name
+        assert error(value, wanted) < bounds.get(name, 1e-6), name
+    if both_orders:
+        others = emulate(library, inputs, gy, gs, descending=True, **options)
+        for name, value, other in zip(NAMES, results, others, strict=True):
+            assert torch.equal(value, other), name
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("time", [1, 9, 15])
+def test_recurrent_kernel(library, size, time):
+    inputs = sample(1, time, 2, size)
+    exact = in_double(wkv6_reference, inputs, torch.zeros_like(inputs[0]), inputs[5])
+    for multiprocessors in (1, 8):  # all columns of a state in one block, and spread over several
+        for value, wanted in zip(
+            emulate(library, inputs, multiprocessors=multiprocessors, backward=False), exact[:2], strict=True
+        ):
+            assert error(value, wanted) < 5e-7
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_head_sizes(library, size):
+    check(library, sample(1, 37, 1, size), both_orders=True)
+
+
+@pytest.mark.parametrize("time", [1, 16, 17, 33])
+def test_lengths(library, time):
+    check(library, sample(2, time, 1, 32))
+
+
+@pytest.mark.parametrize(("mean", "spread"), DECAYS)
+def test_exact_at_every_decay(library, mean, spread):
+    check(library, sample(1, 53, 2, 32, mean=mean, spread=spread))
+
+
+def test_channels_of_every_decay_side_by_side(library):
+    inputs = sample(1, 64, 1, 32)
+    w = inputs[3]
+    w[..., ::4] = 3.0
+    w[..., 1::4] = -12.0
+    w[:, ::3, :, 2::4] = 200.0
+    w[:, 1::3, :, 2::4] = -torch.inf
+    check(library, inputs, both_orders=True)
+
+
+@pytest.mark.parametrize(("time", "multiprocessors"), [(270, 8), (150, 1)])
+@pytest.mark.parametrize("mean", [-4.0, 0.5])
+def test_segments(library, time, multiprocessors, mean):
+    inputs = sample(1, time, 1, 32, mean=mean)
+    call = Call(batch=1, time=time, heads=1, size=32, multiprocessors=multiprocessors)
+    assert library.segments(call) == (3 if multiprocessors == 8 else 1)
+    check(library, inputs, both_orders=True, multiprocessors=multiprocessors)
+
+
+def test_without_a_state_and_without_some_gradients(library):
+    inputs = sample(1, 40, 1, 32)[:5]
+    gy, gs = torch.randn_like(inputs[0]), torch.randn(1, 1, 32, 32)
+    for of_y, of_state in ((gy, None), (None, gs)):
+        exact = in_double(
+            wkv6_reference, inputs, gy if of_y is not None else 0 * gy, gs if of_state is not None else 0 * gs
+        )
+        results = emulate(library, inputs, of_y, of_state)
+        for name, value, wanted in zip(NAMES[:-1], results, exact, strict=False):
+            assert error(value, wanted) < (5e-6 if name == "w" else 1e-6), name
+
+
+@pytest.mark.parametrize("time", [5, 21])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_leaves_the_state_untouched(library, time, dtype):
+    r, k, v, w, u, state = sample(1, time, 1, 32, dtype=dtype)
+    inputs = [r, torch.zeros_like(k), v, torch.full_like(w, -torch.inf), u, state.float()]
+    gs = torch.randn_like(inputs[5])
+    results = emulate(library, inputs, None, gs)
+    assert torch.equal(results[1], inputs[5])
+    assert torch.equal(results[7], gs)
+    results = emulate(library, inputs, torch.ones_like(r), gs)
+    assert all(x.isfinite().all() for x in results)
+    assert not results[5].any(), "the gradient of w at -inf is 0"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "w_dtype", "time", "multiprocessors"),
+    [
+        (torch.bfloat16, torch.bfloat16, 50, 1),
+        (torch.float16, torch.float16, 50, 1),
+        (torch.bfloat16, torch.float32, 50, 1),  # as under autocast
+        (torch.float16, torch.float16, 150, 1),  # several spans of a segment
+        (torch.bfloat16, torch.bfloat16, 270, 8),  # several segments
+    ],
+)
+def test_low_precision_is_within_twice_the_naive_recurrence(library, dtype, w_dtype, time, multiprocessors):
+    """The naive recurrence reads 16 bits and computes in float32: all of its error comes from rounding the results."""
+    inputs = sample(1, time, 1, 32, mean=-3.0, dtype=dtype)
+    inputs[3] = inputs[3].to(w_dtype)
+    inputs[4:] = [x.float() for x in inputs[4:]]
+    gy, gs = torch.randn_like(inputs[0]), torch.randn_like(inputs[5])
+    exact = in_double(wkv6_reference, inputs, gy, gs)
+    naive = gradients(wkv6_reference, inputs, gy, gs)
+    results = emulate(library, inputs, gy, gs, multiprocessors=multiprocessors)
+    for name, value, rough, wanted in zip(NAMES, results, naive, exact, strict=True):
+        assert value.dtype == rough.dtype, name
+        bound = 1e-5 if name == "w" and w_dtype == torch.float32 else 2e-6
+        assert error(value, wanted) <= max(2 * error(rough, wanted), bound), name
+
+
+def test_half_precision_numbers_are_read_and_rounded_as_torch_does(library):
+    for dtype in (torch.float16, torch.bfloat16):
+        v = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)
+        v = torch.where(v.isfinite(), v, 0).view(64, 8, 4, 32)
+        one = torch.zeros_like(v)
+        one[..., 0] = 1
+        u = torch.zeros(4, 32)
+        u[:, 0] = 1
+        complete = torch.full_like(v, torch.inf)
+        y, _ = emulate(library, [one, one, v, complete, u], backward=False)
+        exact = v.float()
+        exact[:, 1:] += v.float()[:, :-1]
+        assert torch.equal(y, exact.to(dtype))
