@@ -94,7 +94,7 @@ def build(talk: Talk, concurrency: int) -> gr.Blocks:
                     visible=False,
                     webcam_options=gr.WebcamOptions(mirror=False),
                     buttons=[],
-                    elem_id="camera",
+                    elem_id="viewfinder",
                 )
                 box = gr.MultimodalTextbox(
                     placeholder=t("ask"),
