@@ -126,8 +126,7 @@ def build(talk: Talk, concurrency: int) -> gr.Blocks:
                     say_in(upload, label="load")
                 branches = gr.Radio([], label=t("branch"), visible=False, elem_id="branches")
                 say_in(branches, label="branch")
-                # in the page, for the script that presses it, but not to be seen
-                download = gr.DownloadButton(visible="hidden", elem_id="download")
+                download = gr.DownloadButton(visible=False)  # its file is fetched by a script at once
                 with say_in(gr.Accordion(t("reading"), open=False, elem_id="reading"), label="reading"):
                     reading = _reading(say_in, talk.models, start)
                 with say_in(gr.Accordion(t("sampling"), open=False, elem_id="sampling"), label="sampling"):
@@ -157,12 +156,10 @@ def build(talk: Talk, concurrency: int) -> gr.Blocks:
         branches.input(talk.switch, [branches, *setting], outputs, **light)
         for control in reading:
             control.input(talk.setting, setting, [*outputs, reading[0]], **light)
-        save.click(talk.save, [language], [download], **light).then(None, [download], None, js=_PRESS_DOWNLOAD)
+        save.click(talk.save, [language], [download], **light).then(None, [download], None, js=_DOWNLOAD)
         upload.upload(talk.load, [upload, *setting], [*outputs, *reading], **light)
         photograph.click(lambda: gr.update(visible=True), None, [camera], **private, queue=False)
         camera.input(talk.attach, [box, camera], [box, camera], **light)
-        # examples make room as soon as there is a conversation
-        chatbot.change(lambda shown: gr.update(visible=not shown), [chatbot], [gallery], **private, queue=False)
 
         def translate(language):
             return [_translated(component, name, key, language) for component, name, key in words]
@@ -177,7 +174,12 @@ def build(talk: Talk, concurrency: int) -> gr.Blocks:
     return page
 
 
-_PRESS_DOWNLOAD = "(file) => { if (file) document.querySelector('#download').closest('a, button').click(); }"
+_DOWNLOAD = """(file) => {
+    if (!file) return;
+    const link = Object.assign(document.createElement("a"), {href: file.url, download: file.orig_name});
+    document.body.appendChild(link).click();
+    link.remove();
+}"""
 
 
 def _translated(component, name, key, language):
@@ -218,7 +220,7 @@ def _sampling(say_in, limits, start):
     """Controls of how a reply is written, in the order in which `Talk.say` takes them."""
 
     def slider(key, low, high, value, step):
-        return say_in(gr.Slider(low, high, value=value, step=step, label=text(start, key)), label=key)
+        return say_in(gr.Slider(low, high, value=value, step=step, label=text(start, key), elem_id=key), label=key)
 
     return [
         say_in(gr.Checkbox(False, label=text(start, "look_again"), container=False), label="look_again"),

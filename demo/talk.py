@@ -316,6 +316,8 @@ class Talk:
 
 def _key(request) -> tuple:
     """Whose session: a page's own random number, and the name it logged in with."""
+    if not request.session_hash:
+        raise gr.Error("The request names no session.")
     return request.username, request.session_hash
 
 
