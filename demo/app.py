@@ -25,7 +25,6 @@ from visualrwkv.demo.texts import LANGUAGES, language_of, text
 from visualrwkv.loading import one_line
 
 STYLE = Path(__file__).with_name("style.css")
-PICTURES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".tga", ".ico"]
 KEEP_FILES = 3600  # seconds until an uploaded file that no session uses is deleted
 THEME = gr.themes.Base(
     primary_hue="teal",
@@ -40,10 +39,10 @@ THEME = gr.themes.Base(
 def build(talk: Talk, concurrency: int) -> gr.Blocks:
     """The page. `concurrency` is how many replies are written at the same time."""
     start = "en"
-    words = []  # (component, property, key or function of the language) for the change of language
+    translated = []  # (component, {property: key of a text, or function of the language})
 
     def say_in(component, **keys):
-        words.extend((component, name, key) for name, key in keys.items())
+        translated.append((component, keys))
         return component
 
     def t(key):
@@ -99,7 +98,7 @@ def build(talk: Talk, concurrency: int) -> gr.Blocks:
                 box = gr.MultimodalTextbox(
                     placeholder=t("ask"),
                     container=False,
-                    file_types=PICTURES,
+                    file_types=["image"],
                     file_count="multiple",
                     max_plain_text_length=talk.limits.characters,
                     max_lines=6,
@@ -126,7 +125,7 @@ def build(talk: Talk, concurrency: int) -> gr.Blocks:
                     say_in(upload, label="load")
                 branches = gr.Radio([], label=t("branch"), visible=False, elem_id="branches")
                 say_in(branches, label="branch")
-                download = gr.DownloadButton(visible=False)  # its file is fetched by a script at once
+                download = gr.DownloadButton(visible="hidden")  # its file is fetched by a script at once
                 with say_in(gr.Accordion(t("reading"), open=False, elem_id="reading"), label="reading"):
                     reading = _reading(say_in, talk.models, start)
                 with say_in(gr.Accordion(t("sampling"), open=False, elem_id="sampling"), label="sampling"):
@@ -162,14 +161,14 @@ def build(talk: Talk, concurrency: int) -> gr.Blocks:
         camera.input(talk.attach, [box, camera], [box, camera], **light)
 
         def translate(language):
-            return [_translated(component, name, key, language) for component, name, key in words]
+            return [_in_language(keys, language) for _, keys in translated]
 
         def pick_language(request: gr.Request):
             return language_of(request.headers.get("accept-language"))
 
-        translated = [component for component, _, _ in words]
+        spoken = [component for component, _ in translated]
         page.load(pick_language, None, [language], **light)
-        language.change(translate, [language], translated, **light).then(talk.show, setting, outputs, **light)
+        language.change(translate, [language], spoken, **light).then(talk.show, setting, outputs, **light)
         page.unload(talk.leave)
     return page
 
@@ -182,8 +181,8 @@ _DOWNLOAD = """(file) => {
 }"""
 
 
-def _translated(component, name, key, language):
-    return gr.update(**{name: key(language) if callable(key) else text(language, key)})
+def _in_language(keys, language):
+    return gr.update(**{name: key(language) if callable(key) else text(language, key) for name, key in keys.items()})
 
 
 def _brand(language):
@@ -302,7 +301,7 @@ class Server:
                 run_history=False,
                 enable_monitoring=False,
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:  # gradio's words for a taken port, and for a proxy in the way
             self.close()
             place = host if port is None else f"{host}, port {port}"
             raise InputError(f"{place}: {one_line(error, 120)}; pass another --host or --port") from None

@@ -348,16 +348,18 @@ def _messages(branch: Branch | None, language, pending=None) -> list[dict]:
     if branch is not None:
         shown = iter(branch.shown)
         for turn in branch.chat.transcript:
-            content = [turn["text"]]
-            if turn["role"] == "user":
-                pictures = next(shown)
-                if pictures is None and turn["images"]:
-                    content.insert(0, text(language, "picture_not_saved"))
-                content = [{"path": path} for path in pictures or []] + content
-            messages.append({"role": turn["role"], "content": content})
+            pictures = next(shown) if turn["role"] == "user" else []
+            lost = pictures is None and turn["images"]
+            words = [text(language, "picture_not_saved")] if lost else []
+            messages.append(_message(turn["role"], pictures or [], *words, turn["text"]))
     if pending is not None:
         asked, pictures, said = pending
-        messages.append({"role": "user", "content": [*({"path": path} for path in pictures), asked]})
+        messages.append(_message("user", pictures, asked))
         if said:
-            messages.append({"role": "assistant", "content": [said]})
+            messages.append(_message("assistant", [], said))
     return messages
+
+
+def _message(role, pictures, *words):
+    content = [{"path": path} for path in pictures] + [{"type": "text", "text": said} for said in words]
+    return {"role": role, "content": content}

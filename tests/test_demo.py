@@ -248,7 +248,7 @@ def setting(talk):
 
 
 def words(messages):
-    return [part for message in messages for part in message["content"] if isinstance(part, str)]
+    return [part["text"] for message in messages for part in message["content"] if "text" in part]
 
 
 def odd_pictures(folder):

@@ -192,7 +192,8 @@ def test_a_reply_grows_and_can_be_stopped(open_page, server, drawn):
 def test_a_closed_page_frees_its_session(open_page, server):
     page = open_page()
     before = set(server.sessions._live)
-    ask(page, "Hello")
+    ask(page, "Hello <b>you</b> *there*")
+    assert said(page, "user") == ["Hello <b>you</b> *there*"]  # shown as it was typed
     (key,) = set(server.sessions._live) - before
     page.close()
     deadline = time.monotonic() + 60
