@@ -66,7 +66,7 @@ def build(talk: Talk, concurrency: int) -> gr.Blocks:
                     render_markdown=False,  # words are shown as they were written, by anybody
                     latex_delimiters=[],
                     allow_tags=False,
-                    buttons=["copy"],
+                    buttons=[],
                     feedback_options=None,
                     placeholder=_placeholder(start),
                     allow_file_downloads=False,

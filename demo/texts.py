@@ -59,7 +59,7 @@ TEXTS = {
         "Nothing read yet. The state will take {size}, however long the conversation gets.",
         "尚未读入内容。无论对话多长，状态都只占 {size}。",
     ),
-    "smaller": ("{ratio}× smaller, and it stays as it is.", "小 {ratio} 倍，且不再增长。"),
+    "smaller": ("{ratio}× smaller, and it never grows.", "小 {ratio} 倍，且不再增长。"),
     "larger": (
         "From token {tokens} on the state is the smaller one.",
         "从第 {tokens} 个 token 起，状态更小。",
