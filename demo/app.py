@@ -132,6 +132,7 @@ def build(talk: Talk, concurrency: int) -> gr.Blocks:
                     sampling = _sampling(say_in, talk.limits, start)
 
         again = gr.State()  # a message to be answered again
+        camera_open = gr.State(False)
         setting = [language, *reading]
         outputs = [chatbot, box, figures, branches]
         private = {"api_visibility": "private", "show_progress": "hidden"}
@@ -157,8 +158,8 @@ def build(talk: Talk, concurrency: int) -> gr.Blocks:
             control.input(talk.setting, setting, [*outputs, reading[0]], **light)
         save.click(talk.save, [language], [download], **light).then(None, [download], None, js=_DOWNLOAD)
         upload.upload(talk.load, [upload, *setting], [*outputs, *reading], **light)
-        photograph.click(lambda: gr.update(visible=True), None, [camera], **private, queue=False)
-        camera.input(talk.attach, [box, camera], [box, camera], **light)
+        photograph.click(talk.open_camera, [camera_open], [camera, camera_open], **light)
+        camera.input(talk.attach, [box, camera], [box, camera, camera_open], **light)
 
         def translate(language):
             return [_in_language(keys, language) for _, keys in translated]

@@ -250,11 +250,17 @@ class Talk:
         example = self.examples[index % len(self.examples)]
         return {"text": example.questions[language], "files": [example.picture]}
 
+    def open_camera(self, is_open):
+        """Open the camera, or close it."""
+        return gr.update(value=None, visible=not is_open), not is_open
+
     def attach(self, message, photograph):
         """Add a photograph of the camera to the message; closes the camera."""
+        if photograph is None:
+            return gr.skip(), gr.skip(), gr.skip()
         message = message or {}
         files = [*(message.get("files") or ()), photograph]
-        return {"text": message.get("text") or "", "files": files}, gr.update(value=None, visible=False)
+        return {"text": message.get("text") or "", "files": files}, gr.update(value=None, visible=False), False
 
     def show(self, language, model, prompt, scan, request: gr.Request):
         """The session as it is (after a change of language)."""

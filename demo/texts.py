@@ -14,7 +14,6 @@ TEXTS = {
     "ask": ("Ask something; drop or paste pictures here", "输入问题；可拖入或粘贴图片"),
     "chat": ("Conversation", "对话"),
     "camera": ("Camera", "拍照"),
-    "camera_close": ("Close camera", "关闭相机"),
     "new": ("New chat", "新对话"),
     "undo": ("Undo", "撤销"),
     "retry": ("Try again", "重新回答"),

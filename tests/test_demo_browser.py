@@ -129,7 +129,7 @@ def test_a_conversation(open_page, server, vlm, drawn, tmp_path):
     download.value.save_as(file)
     assert vlm.chat.load(file).transcript == chat.transcript
     other = open_page()
-    other.locator("#load input[type=file], input#load").first.set_input_files(file)
+    other.locator("#keep input[type=file]").set_input_files(file)
     other.locator("#chat .bot-row").nth(2).wait_for()
     ask(other, COLOUR)
     assert said(other, "bot") == [*expected, vlm.chat.load(file).say(COLOUR, max_new_tokens=LONGEST)]
@@ -216,7 +216,7 @@ def test_bad_files_get_a_clear_word(open_page, tmp_path):
     page.locator("#examples img").first.wait_for()
     bad = tmp_path / "bad.safetensors"
     bad.write_text("nothing")
-    page.locator("#load input[type=file], input#load").first.set_input_files(bad)
+    page.locator("#keep input[type=file]").set_input_files(bad)
     page.locator("[data-testid=toast-text]").first.wait_for()
     assert "bad.safetensors: not a saved conversation" in toast(page)
 
@@ -225,10 +225,8 @@ def test_a_photograph(open_page):
     """Chromium's stand-in for a camera draws a test card."""
     page = open_page()
     page.locator("#camera").click()
-    viewfinder = page.locator("#viewfinder")
-    viewfinder.get_by_text("Click to Access Webcam").or_(viewfinder.locator("[data-testid=webcam-video]")).first.click()
-    capture = viewfinder.locator("[aria-label='capture photo'], [title='grant webcam access'], button").first
-    capture.click()
+    page.locator("#viewfinder [title='grant webcam access'] button").click()
+    page.locator("#viewfinder button[aria-label='capture photo']").click()
     page.locator("#box .thumbnail-item").first.wait_for()
     ask(page, COLOUR)
     assert page.locator("#chat .user-row img").count() == 1 and len(said(page, "bot")) == 1
