@@ -367,5 +367,6 @@ def _messages(branch: Branch | None, language, pending=None) -> list[dict]:
 
 
 def _message(role, pictures, *words):
-    content = [{"path": path} for path in pictures] + [{"type": "text", "text": said} for said in words]
-    return {"role": role, "content": content}
+    # the page takes words for HTML: escaped, they look as they were written
+    spoken = [{"type": "text", "text": html.escape(said, quote=False)} for said in words]
+    return {"role": role, "content": [{"path": path} for path in pictures] + spoken}

@@ -5,6 +5,7 @@ looks at the page.
 """
 
 import gc
+import html
 import json
 import os
 import re
@@ -249,7 +250,7 @@ def setting(talk):
 
 
 def words(messages):
-    return [part["text"] for message in messages for part in message["content"] if "text" in part]
+    return [html.unescape(part["text"]) for message in messages for part in message["content"] if "text" in part]
 
 
 def odd_pictures(folder):
