@@ -11,7 +11,7 @@ TEXTS = {
         "Show a picture and ask about it, or start with one of these.",
         "上传一张图片并提问，或从下面的例子开始。",
     ),
-    "ask": ("Ask something; drop or paste pictures here", "输入问题；可拖入或粘贴图片"),
+    "ask": ("Ask, drop or paste pictures", "提问，可拖入或粘贴图片"),
     "chat": ("Conversation", "对话"),
     "camera": ("Camera", "拍照"),
     "new": ("New chat", "新对话"),

@@ -452,7 +452,7 @@ def test_models_are_those_of_the_operator(models, random_folder, tmp_path):
 def server(random_folder):
     from visualrwkv.demo.app import Server
 
-    server = Server([str(random_folder)], sessions=8, grace=0.5, max_upload=2)
+    server = Server([str(random_folder)], sessions=8, grace=0.5, max_upload=2, concurrency=1, queue=2)
     yield server
     server.close()
     assert not server._own.exists()
@@ -605,6 +605,19 @@ def test_what_is_too_large_is_refused(server):
     assert status != 200
     assert not [path for path in server._own.rglob("*") if path.is_file() and path.stat().st_size > 2**21]
     assert httpx.get(server.url).status_code == 200  # it goes on
+
+
+def test_overload_is_refused_and_passes(server):
+    import httpx
+
+    data = [{"text": "What?", "files": []}, *controls(server.models, max_new_tokens=100).values()]
+    joined = [httpx.post(api(server, "call/say"), json={"data": data}, timeout=60) for _ in range(8)]
+    taken = [answer for answer in joined if answer.status_code == 200]
+    refused = [answer for answer in joined if answer.status_code == 503]
+    assert len(taken) + len(refused) == 8 and refused and "full" in refused[0].text
+    for answer in taken:
+        events = httpx.get(api(server, f"call/say/{answer.json()['event_id']}"), timeout=300).text
+        assert "event: complete" in events
 
 
 def test_a_login_can_be_asked_for(random_folder):
