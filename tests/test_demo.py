@@ -478,9 +478,8 @@ def client_words(output):
     """The words of a conversation as Gradio's client gets them."""
     contents = [message["content"] for message in output[0]]
     parts = [part for content in contents for part in (content if isinstance(content, list) else [content])]
-    return [
-        part if isinstance(part, str) else part["text"] for part in parts if "text" in part or isinstance(part, str)
-    ]
+    said = [part if isinstance(part, str) else part.get("text") for part in parts]
+    return [html.unescape(words) for words in said if words is not None]
 
 
 def test_a_reply_streams_to_a_client(server, client, vlm, picture_file):
