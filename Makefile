@@ -1,5 +1,6 @@
 # Needs Python 3.10 or newer and a C++ compiler; everything else is installed into .venv on first use.
 #   make ask     an answer about the picture in docs/pictures       make test    the tests
+#   make demo    a chat about pictures in the browser        OPTIONS="--port 8000" and others: visualrwkv demo --help
 #   make lint    ruff                                               make clean   removes .venv and build leftovers
 #   make model   trains the embedded model again, in out/tiny (hours on two cores; a stopped run goes on)
 # Another interpreter: make test PYTHON=python3.12      Another place for the environment: make test VENV=/tmp/venv
@@ -11,13 +12,16 @@ QUESTION ?= What number is on the sign?
 
 BIN := $(VENV)/bin
 
-.PHONY: ask test lint model clean
+.PHONY: ask demo test lint model clean
 .DEFAULT_GOAL := ask
 # an environment that could not be finished is made again
 .DELETE_ON_ERROR:
 
 ask: $(VENV)/.installed
 	@$(BIN)/visualrwkv ask "$(PICTURE)" "$(QUESTION)"
+
+demo: $(VENV)/.installed
+	@$(BIN)/visualrwkv demo $(OPTIONS)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

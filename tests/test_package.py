@@ -182,6 +182,18 @@ def test_the_evaluation_uses_public_names():
     assert seen  # the folder was found
 
 
+def test_the_demo_uses_public_names():
+    allowed = {"InputError", "demo", "image_processing", "loading", "scenes"}
+    seen = set()
+    for path in (ROOT / "demo").glob("*.py"):
+        for name, _ in imports_of(path):
+            package, *parts = name.split(".")
+            if package == "visualrwkv" and parts:
+                seen.add(parts[0])
+                assert parts[0] in allowed and not parts[-1].startswith("_"), f"{path.name} imports {name}"
+    assert seen  # the folder was found
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """Names in the wheel, built from a copy so that the tree stays clean."""
@@ -202,7 +214,8 @@ def test_the_wheel_is_complete_and_adds_one_name(wheel):
     assert {name.split("/")[0] for name in wheel} == {"visualrwkv", f"visualrwkv-{visualrwkv.__version__}.dist-info"}
     sources = [path for path in PACKAGE.rglob("*.py")]
     expected = {f"visualrwkv/{path.relative_to(PACKAGE).as_posix()}" for path in sources}
-    for folder, pattern in (("demo", "*.py"), ("eval", "*.py"), ("configs", "*.yaml"), ("csrc", "*")):
+    parts = (("demo", "*.py"), ("demo", "*.css"), ("eval", "*.py"), ("configs", "*.yaml"), ("csrc", "*"))
+    for folder, pattern in parts:
         found = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob(pattern) if path.is_file()}
         assert found
         expected |= {f"visualrwkv/{name}" for name in found}

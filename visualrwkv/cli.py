@@ -75,6 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
     _model_options(chat)
     chat.add_argument("--resume", metavar="FILE", help="continue a conversation written by /save")
 
+    _demo(commands)
+
     scenes = _command(commands, "scenes", run_scenes, "write drawn scenes with questions and answers")
     scenes.add_argument("out", metavar="OUT", help="folder to write")
     scenes.add_argument("--format", default="llava", choices=("llava", "vqav2", "scienceqa", "pope"))
@@ -94,6 +96,24 @@ def build_parser() -> argparse.ArgumentParser:
     info = _command(commands, "info", run_info, "versions and devices; sizes and costs of a model")
     info.add_argument("model", metavar="MODEL", nargs="?", help="folder, .pth file or Hub name")
     return parser
+
+
+def _demo(commands):
+    """The command of visualrwkv.demo."""
+    demo = _command(commands, "demo", run_demo, "a chat about pictures in the browser")
+    demo.add_argument("--model", metavar="M", action="append", default=[], dest="models",
+                      help="folder, .pth file or Hub name to offer beside the embedded model; may be repeated, the "
+                      "first one is picked at the start (`embedded` is a name, too)")  # fmt: skip
+    demo.add_argument("--host", metavar="H", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    demo.add_argument("--port", metavar="P", type=int, help="port (default: the first free one from 7860)")
+    demo.add_argument("--share", action="store_true", help="a public address through Gradio's tunnel")
+    demo.add_argument("--auth", metavar="USER:PASSWORD", action="append", default=[], help="ask for a login")
+    demo.add_argument("--device", metavar="D", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    demo.add_argument("--sessions", metavar="N", type=int, default=64, help="most conversations kept (default 64)")
+    demo.add_argument("--idle", metavar="MIN", type=float, default=30, help="minutes until it goes unused (default 30)")
+    demo.add_argument("--concurrency", metavar="N", type=int, default=2, help="replies written at once (default 2)")
+    demo.add_argument("--queue", metavar="N", type=int, default=32, help="most requests that wait (default 32)")
+    demo.add_argument("--max-upload", metavar="MIB", type=int, default=40, help="largest file taken (default 40 MiB)")
 
 
 def _evaluation(commands):
@@ -237,6 +257,23 @@ def _save(session, path):
         session.save(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def run_demo(arguments):
+    """`visualrwkv demo`"""
+    numbers = ("sessions", "idle", "concurrency", "queue", "max_upload")
+    for name in numbers:
+        if not getattr(arguments, name) > 0:
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} is {getattr(arguments, name)}; use a number above 0")
+    if arguments.port is not None and not 0 < arguments.port < 65536:
+        raise InputError(f"--port is {arguments.port}; use a number from 1 to 65535")
+    logins = [tuple(login.split(":", 1)) for login in arguments.auth]
+    for login in logins:
+        if len(login) != 2 or not all(login):
+            raise InputError("--auth needs USER:PASSWORD, for instance --auth anna:secret")
+    options = {name: getattr(arguments, name) for name in ("models", "host", "port", "share", "device", *numbers)}
+    importlib.import_module("visualrwkv.demo.app").run(auth=logins, **options)
 
 
 def run_scenes(arguments):

@@ -1,0 +1,338 @@
+"""The Gradio app: a chat about pictures. This file is its layout and its wiring; `talk.py` is what it does.
+
+Safe by default: it listens on this machine alone, shares nothing, fetches no addresses, and shows no file but those
+that the app itself made in a folder of its own, which goes when the server stops.
+"""
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import gradio as gr
+from starlette.middleware import Middleware
+
+from visualrwkv import InputError
+from visualrwkv.demo import examples, panel
+from visualrwkv.demo.guard import Guard
+from visualrwkv.demo.models import PROMPTS, SCANS, Models
+from visualrwkv.demo.sessions import Sessions
+from visualrwkv.demo.talk import Limits, Talk
+from visualrwkv.demo.texts import LANGUAGES, language_of, text
+from visualrwkv.loading import one_line
+
+STYLE = Path(__file__).with_name("style.css")
+KEEP_FILES = 3600  # seconds until an uploaded file that no session uses is deleted
+THEME = gr.themes.Base(
+    primary_hue="teal",
+    secondary_hue="teal",
+    neutral_hue="slate",
+    radius_size="lg",
+    font=["system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"],
+    font_mono=["ui-monospace", "Consolas", "monospace"],
+)
+
+
+def build(talk: Talk, concurrency: int) -> gr.Blocks:
+    """The page. `concurrency` is how many replies are written at the same time."""
+    start = "en"
+    translated = []  # (component, {property: key of a text, or function of the language})
+
+    def say_in(component, **keys):
+        translated.append((component, keys))
+        return component
+
+    def t(key):
+        return text(start, key)
+
+    model, prompt, scan = talk.models.default
+    with gr.Blocks(
+        title="VisualRWKV", analytics_enabled=False, delete_cache=(600, KEEP_FILES), fill_width=True
+    ) as page:
+        with gr.Row(elem_id="head"):
+            say_in(gr.HTML(_brand(start), elem_id="brand"), value=_brand)
+            language = gr.Radio(
+                list(LANGUAGES.items()), value=start, container=False, elem_id="language", min_width=150
+            )
+        with gr.Row(elem_id="main"):
+            with gr.Column(scale=3, min_width=320, elem_id="talk"):
+                chatbot = gr.Chatbot(
+                    container=False,
+                    elem_id="chat",
+                    height=None,
+                    render_markdown=False,  # words are shown as they were written, by anybody
+                    latex_delimiters=[],
+                    allow_tags=False,
+                    buttons=[],
+                    feedback_options=None,
+                    placeholder=_placeholder(start),
+                    allow_file_downloads=False,
+                )
+                say_in(chatbot, placeholder=_placeholder)
+                gallery = gr.Gallery(
+                    _captioned(talk.examples, start),
+                    columns=4,
+                    rows=1,
+                    height="auto",
+                    container=False,
+                    allow_preview=False,
+                    buttons=[],
+                    object_fit="cover",
+                    interactive=False,
+                    elem_id="examples",
+                )
+                say_in(gallery, value=lambda language: _captioned(talk.examples, language))
+                camera = gr.Image(
+                    sources=["webcam"],
+                    type="filepath",
+                    format="png",
+                    show_label=False,
+                    visible=False,
+                    webcam_options=gr.WebcamOptions(mirror=False),
+                    buttons=[],
+                    elem_id="viewfinder",
+                )
+                box = gr.MultimodalTextbox(
+                    placeholder=t("ask"),
+                    container=False,
+                    file_types=["image"],
+                    file_count="multiple",
+                    max_plain_text_length=talk.limits.characters,
+                    max_lines=6,
+                    elem_id="box",
+                    autofocus=True,
+                )
+                say_in(box, placeholder="ask")
+                with gr.Row(elem_id="actions"):
+                    new, retry, undo, edit, photograph = (
+                        say_in(gr.Button(t(key), size="sm", elem_id=key, min_width=60), value=key)
+                        for key in ("new", "retry", "undo", "edit", "camera")
+                    )
+            with gr.Column(scale=1, min_width=300, elem_id="side"):
+                numbers = panel.figures(talk.models.get(model))
+                figures = gr.HTML(panel.html(numbers, start), elem_id="figures")
+                with gr.Row(elem_id="keep"):
+                    save, fork = (
+                        say_in(gr.Button(t(key), size="sm", elem_id=key, min_width=60), value=key)
+                        for key in ("save", "fork")
+                    )
+                    upload = gr.UploadButton(
+                        t("load"), size="sm", file_types=[".safetensors"], elem_id="load", min_width=60
+                    )
+                    say_in(upload, label="load")
+                branches = gr.Radio([], label=t("branch"), visible=False, elem_id="branches")
+                say_in(branches, label="branch")
+                download = gr.DownloadButton(visible="hidden")  # its file is fetched by a script at once
+                with say_in(gr.Accordion(t("reading"), open=False, elem_id="reading"), label="reading"):
+                    reading = _reading(say_in, talk.models, start)
+                with say_in(gr.Accordion(t("sampling"), open=False, elem_id="sampling"), label="sampling"):
+                    sampling = _sampling(say_in, talk.limits, start)
+
+        again = gr.State()  # a message to be answered again
+        camera_open = gr.State(False)
+        setting = [language, *reading]
+        outputs = [chatbot, box, figures, branches]
+        private = {"api_visibility": "private", "show_progress": "hidden"}
+        light = {**private, "concurrency_limit": 8, "concurrency_id": "light"}
+        reply = {
+            "inputs": [box, *setting, *sampling],
+            "outputs": outputs,
+            "show_progress": "hidden",
+            "concurrency_limit": concurrency,
+            "concurrency_id": "reply",
+        }
+        box.submit(talk.say, **reply, api_name="say")
+        box.stop(talk.stop, **private, queue=False)
+        gallery.select(talk.example, [language], [box], **light).then(talk.say, **reply, api_visibility="private")
+        replied_again = reply | {"inputs": [again, *setting, *sampling], "api_visibility": "private"}
+        retry.click(talk.take_back, setting, [*outputs, again], **light).then(talk.say, **replied_again)
+        new.click(talk.new, setting, outputs, **light)
+        undo.click(talk.undo, setting, outputs, **light)
+        edit.click(talk.edit, setting, outputs, **light)
+        fork.click(talk.fork, setting, outputs, **light)
+        branches.input(talk.switch, [branches, *setting], outputs, **light)
+        for control in reading:
+            control.input(talk.setting, setting, [*outputs, reading[0]], **light)
+        save.click(talk.save, [language], [download], **light).then(None, [download], None, js=_DOWNLOAD)
+        upload.upload(talk.load, [upload, *setting], [*outputs, *reading], **light)
+        photograph.click(talk.open_camera, [camera_open], [camera, camera_open], **light)
+        camera.input(talk.attach, [box, camera], [box, camera, camera_open], **light)
+
+        def translate(language):
+            return [_in_language(keys, language) for _, keys in translated]
+
+        def pick_language(request: gr.Request):
+            return language_of(request.headers.get("accept-language"))
+
+        spoken = [component for component, _ in translated]
+        page.load(pick_language, None, [language], **light)
+        language.change(translate, [language], spoken, **light).then(talk.show, setting, outputs, **light)
+        page.unload(talk.leave)
+    return page
+
+
+_DOWNLOAD = """(file) => {
+    if (!file) return;
+    const link = Object.assign(document.createElement("a"), {href: file.url, download: file.orig_name});
+    document.body.appendChild(link).click();
+    link.remove();
+}"""
+
+
+def _in_language(keys, language):
+    return gr.update(**{name: key(language) if callable(key) else text(language, key) for name, key in keys.items()})
+
+
+def _brand(language):
+    return f"<h1>Visual<span>RWKV</span></h1><p>{text(language, 'tagline')}</p>"
+
+
+def _placeholder(language):
+    return f'<div class="welcome">{text(language, "welcome")}</div>'
+
+
+def _captioned(drawn, language):
+    return [(example.picture, example.questions[language]) for example in drawn]
+
+
+def _reading(say_in, models, start):
+    """Controls of the model and the way of reading; a change begins a new conversation."""
+    model, prompt, scan = models.default
+    picker = gr.Dropdown(models.choices(start), value=model, label=text(start, "model"), elem_id="model")
+    say_in(picker, label="model", choices=models.choices)
+    place = gr.Radio(value=prompt, label=text(start, "prompt"), choices=_choices("prompt", PROMPTS)(start))
+    say_in(place, label="prompt", choices=_choices("prompt", PROMPTS))
+    order = gr.Radio(value=scan, label=text(start, "scan"), choices=_choices("scan", SCANS)(start))
+    say_in(order, label="scan", choices=_choices("scan", SCANS))
+    say_in(gr.HTML(f'<p class="hint">{text(start, "reading_note")}</p>'),
+           value=lambda language: f'<p class="hint">{text(language, "reading_note")}</p>')  # fmt: skip
+    return [picker, place, order]
+
+
+def _choices(key, names):
+    return lambda language: [(text(language, f"{key}_{name}"), name) for name in names]
+
+
+def _sampling(say_in, limits, start):
+    """Controls of how a reply is written, in the order in which `Talk.say` takes them."""
+
+    def slider(key, low, high, value, step):
+        return say_in(gr.Slider(low, high, value=value, step=step, label=text(start, key), elem_id=key), label=key)
+
+    return [
+        say_in(gr.Checkbox(False, label=text(start, "look_again"), container=False), label="look_again"),
+        slider("max_new_tokens", 1, limits.new_tokens, 256, 1),
+        slider("temperature", 0, 2, 0, 0.05),
+        slider("top_p", 0.05, 1, 1, 0.05),
+        slider("top_k", 0, 200, 0, 1),
+        say_in(gr.Number(None, label=text(start, "seed"), precision=0, minimum=0, maximum=2**31 - 1), label="seed"),
+        slider("presence_penalty", 0, 2, 0, 0.05),
+        slider("frequency_penalty", 0, 2, 0, 0.05),
+        slider("penalty_decay", 0.9, 1, 0.996, 0.001),
+        say_in(gr.Textbox("", lines=2, max_lines=4, label=text(start, "stop")), label="stop"),
+    ]
+
+
+class Server:
+    """The app, served by threads of its own from construction until `close`.
+
+    Args:
+        models: names for `visualrwkv.load` to offer beside the embedded model; the first is loaded at once.
+        host, port: where to listen; port None takes the first free one from 7860.
+        share: ask for a public address, too.
+        auth: (user, password) pairs; none asks for no login.
+        device: for `visualrwkv.load`.
+        sessions: most conversations kept at a time.
+        idle: minutes after which an unused one is closed.
+        concurrency: replies written at the same time.
+        queue: most requests that wait.
+        max_upload: largest uploaded file, in MiB.
+        grace: seconds between the closing of a page and that of its conversation.
+
+    Attributes:
+        url, share_url: its addresses. models, sessions, page: its parts.
+
+    Raises:
+        InputError: a model cannot be loaded, or the port is taken.
+    """
+
+    def __init__(
+        self,
+        models=(),
+        host: str = "127.0.0.1",
+        port: int | None = None,
+        share: bool = False,
+        auth=(),
+        device: str = "auto",
+        sessions: int = 64,
+        idle: float = 30,
+        concurrency: int = 2,
+        queue: int = 32,
+        max_upload: int = 40,
+        grace: float = 60,
+    ):
+        self.models = Models(models, device=device)
+        self._outer = os.environ.get("GRADIO_TEMP_DIR")
+        self._own = Path(tempfile.mkdtemp(prefix="visualrwkv-demo-", dir=self._outer))
+        os.environ["GRADIO_TEMP_DIR"] = str(self._own)  # where gradio's components and routes keep files
+        try:
+            self.sessions = Sessions(self._own / "sessions", sessions, 60 * idle, grace)
+            talk = Talk(self.models, self.sessions, examples.draw(self._own / "examples"), Limits())
+            self.page = build(talk, concurrency)
+            self.page.queue(api_open=False, max_size=queue, default_concurrency_limit=8)
+            _, self.url, self.share_url = self.page.launch(
+                server_name=host,
+                server_port=port,
+                share=share,
+                auth=list(auth) or None,
+                max_file_size=max_upload * 2**20,
+                app_kwargs={"middleware": [Middleware(Guard, max_upload=(max_upload + 1) * 2**20)]},
+                state_session_capacity=4 * sessions,
+                theme=THEME,
+                css_paths=STYLE,
+                footer_links=[],
+                prevent_thread_lock=True,
+                quiet=True,
+                ssr_mode=False,
+                pwa=False,
+                mcp_server=False,
+                run_history=False,
+                enable_monitoring=False,
+            )
+        except (OSError, ValueError) as error:  # gradio's words for a taken port, and for a proxy in the way
+            self.close()
+            place = host if port is None else f"{host}, port {port}"
+            raise InputError(f"{place}: {one_line(error, 120)}; pass another --host or --port") from None
+        except BaseException:
+            self.close()
+            raise
+        self.sessions.watch()
+
+    def close(self) -> None:
+        """Stop serving; all conversations and files go."""
+        for part in ("sessions", "page"):
+            if hasattr(self, part):
+                getattr(self, part).close()
+        if self._outer is None:
+            os.environ.pop("GRADIO_TEMP_DIR", None)
+        else:
+            os.environ["GRADIO_TEMP_DIR"] = self._outer
+        shutil.rmtree(self._own, ignore_errors=True)
+
+
+def run(host: str = "127.0.0.1", share: bool = False, auth=(), **options) -> None:
+    """Serve until Ctrl-C or SIGTERM; the arguments are those of `Server`."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    server = Server(host=host, share=share, auth=auth, **options)
+    try:
+        print(f"VisualRWKV is at {server.url}", flush=True)
+        if server.share_url:
+            print(f"and for everybody at {server.share_url}", flush=True)
+        if not auth and (share or host not in ("127.0.0.1", "localhost", "::1")):
+            print("Whoever reaches this address can use it; --auth USER:PASSWORD asks for a login.", file=sys.stderr)
+        threading.Event().wait()
+    finally:
+        server.close()

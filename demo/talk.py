@@ -1,0 +1,372 @@
+"""What happens when something is pressed: each handler changes the caller's session and shows it anew.
+
+What the browser sends is never trusted: the conversation, its pictures and its branches are those of the server's
+session, and the history that a page holds is only ever written.
+"""
+
+import html
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import gradio as gr
+
+from visualrwkv import InputError
+from visualrwkv.demo import panel
+from visualrwkv.demo.examples import Example
+from visualrwkv.demo.models import Models
+from visualrwkv.demo.sessions import Branch, Ended, Session, Sessions
+from visualrwkv.demo.texts import text
+from visualrwkv.image_processing import load_image
+
+BRANCHES = "ABCD"
+REFRESH = 0.05  # seconds between two pictures of a growing reply
+SHOWN_SIDE = 768  # pixels; the page shows the picture as the model was given it, reduced to this
+READY = {"submit_btn": True, "stop_btn": False}
+WRITING = {"submit_btn": False, "stop_btn": True}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one message may hold."""
+
+    pictures: int = 4
+    characters: int = 4000
+    new_tokens: int = 1024
+
+
+class Talk:
+    """The handlers of the page. Those of the conversation return (messages, text box, panel, branch switch)."""
+
+    def __init__(self, models: Models, sessions: Sessions, examples: list[Example], limits: Limits):
+        self.models, self.sessions, self.examples, self.limits = models, sessions, examples, limits
+
+    # Writing a reply.
+
+    def say(
+        self,
+        message: dict,
+        language: str,
+        model: str,
+        prompt: str,
+        scan: str,
+        look_again: bool,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        top_k: int,
+        seed: int | None,
+        presence_penalty: float,
+        frequency_penalty: float,
+        penalty_decay: float,
+        stop: str,
+        request: gr.Request,
+    ):
+        """Send a message, {"text": ..., "files": [...]}; the reply comes piece by piece."""
+        if message is None:  # a message to answer again that could not be taken back
+            yield (gr.skip(),) * 4
+            return
+        asked, files = (message.get("text") or "").strip(), [str(path) for path in message.get("files") or ()]
+        setting = (model, prompt, scan)
+        sampling = {
+            "max_new_tokens": min(int(max_new_tokens), self.limits.new_tokens),
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": int(top_k),
+            "seed": None if seed is None else int(seed),
+            "presence_penalty": presence_penalty,
+            "frequency_penalty": frequency_penalty,
+            "penalty_decay": penalty_decay,
+            "stop": [line for line in (stop or "").splitlines() if line],
+        }
+        session = self._open(request, language)
+        if session is None:
+            yield self._show(None, language, setting, gr.skip())
+        elif not session.lock.acquire(timeout=5):
+            gr.Warning(text(language, "busy"))
+            yield (gr.skip(),) * 4
+        else:
+            try:  # the lock is held until the page has the last word, so that nothing older overwrites what follows
+                yield from self._reply(session, language, setting, asked, files, sampling, look_again)
+            finally:
+                session.lock.release()
+
+    def _reply(self, session, language, setting, asked, files, sampling, look_again):
+        session.halt.clear()
+        try:
+            if not asked:
+                raise InputError(text(language, "empty"))
+            if len(asked) > self.limits.characters:
+                raise InputError(text(language, "too_long", given=len(asked), limit=self.limits.characters))
+            if len(files) > self.limits.pictures:
+                raise InputError(text(language, "too_many_pictures", given=len(files), limit=self.limits.pictures))
+            if session.setting != setting or session.branch is None:
+                session.restart(setting, self.models.get(*setting).chat())
+            pictures = [_picture(path) for path in files]
+            # a box that stays ticked: it matters where a picture was shown before and none comes now
+            again = look_again and not pictures and any(turn["images"] for turn in session.branch.chat.transcript)
+            stream = session.branch.chat.stream(asked, pictures, look_again=again, **sampling)
+            shown = [_save_reduced(session, picture) for picture in pictures]
+            sources = [session.keep(path) for path in files]
+        except InputError as error:
+            _warn(error)
+            yield self._show(session, language, setting, gr.skip())
+            return
+        branch, said, last = session.branch, "", 0.0
+        box = gr.update(value={"text": "", "files": []}, **WRITING)
+        yield _messages(branch, language, (asked, shown, "")), box, gr.skip(), gr.skip()
+        turns = len(branch.chat.transcript)
+        try:
+            for piece in stream:
+                said += piece
+                if session.halt.is_set():
+                    break
+                if time.monotonic() - last >= REFRESH:
+                    last = time.monotonic()
+                    yield _messages(branch, language, (asked, shown, said)), gr.skip(), gr.skip(), gr.skip()
+        except InputError as error:
+            _warn(error)
+        except RuntimeError as error:  # out of memory, for instance: the page goes on, the conversation is as before
+            _warn(text(language, "failed", reason=str(error).splitlines()[0]))
+        finally:
+            stream.close()
+            answered = len(branch.chat.transcript) > turns
+            if answered:
+                branch.shown.append(shown)
+                branch.sources.append(sources)
+        box = gr.update(**READY) if answered else gr.update(value={"text": asked, "files": sources}, **READY)
+        yield self._show(session, language, setting, box)
+
+    def stop(self, request: gr.Request):
+        """End the reply that is being written; what was said stays."""
+        session = self.sessions.peek(_key(request))
+        if session:
+            session.halt.set()
+
+    def leave(self, request: gr.Request):
+        """The page was closed."""
+        self.sessions.leave(_key(request))
+
+    # Changing the conversation.
+
+    def new(self, language, model, prompt, scan, request: gr.Request):
+        """Forget everything, or begin again with another model or way of reading."""
+        return self._change(request, language, (model, prompt, scan), lambda session: session.restart())
+
+    def setting(self, language, model, prompt, scan, request: gr.Request):
+        """Another model or way of reading: loads it and begins anew. Returns the model's label in the end."""
+        try:
+            self.models.get(model, prompt, scan)
+        except InputError as error:
+            _warn(error)
+            model = self.models.default[0]
+        session = self.sessions.peek(_key(request))
+        if session and session.branches:
+            gr.Info(text(language, "restarted"))
+        return *self.new(language, model, prompt, scan, request), model
+
+    def undo(self, language, model, prompt, scan, request: gr.Request):
+        """Take back the last turn."""
+        return self.take_back(language, model, prompt, scan, request, pictures_needed=False)[:4]
+
+    def edit(self, language, model, prompt, scan, request: gr.Request):
+        """Take back the last turn and put its message into the box again."""
+        *shown, message = self.take_back(language, model, prompt, scan, request, pictures_needed=False)
+        return shown[0], gr.skip() if message is None else gr.update(value=message, **READY), *shown[2:]
+
+    def take_back(self, language, model, prompt, scan, request: gr.Request, pictures_needed=True):
+        """Take back the last turn; returns its message, too, for `say` to answer it again."""
+        taken = []
+
+        def act(session):
+            taken.append(self._take_back(session, language, pictures_needed))
+
+        shown = self._change(request, language, (model, prompt, scan), act)
+        return *shown, taken[0] if taken else None
+
+    def fork(self, language, model, prompt, scan, request: gr.Request):
+        """A second conversation with the same past; the page goes on with it."""
+
+        def act(session):
+            if session.branch is None or not session.branch.chat.transcript:
+                raise InputError(text(language, "nothing"))
+            if len(session.branches) == len(BRANCHES):
+                raise InputError(text(language, "forks_full", limit=len(BRANCHES)))
+            session.branches.append(session.branch.fork())
+            session.current = len(session.branches) - 1
+            gr.Info(text(language, "forked", name=BRANCHES[session.current]))
+
+        return self._change(request, language, (model, prompt, scan), act)
+
+    def switch(self, branch, language, model, prompt, scan, request: gr.Request):
+        """Go on with another branch."""
+
+        def act(session):
+            if branch in BRANCHES[: len(session.branches)]:
+                session.current = BRANCHES.index(branch)
+
+        return self._change(request, language, (model, prompt, scan), act)
+
+    def save(self, language, request: gr.Request):
+        """The conversation as one file to download, or nothing where nothing was said."""
+        session = self._open(request, language)
+        if session is None:
+            return None
+        session.halt.set()
+        with session.lock:
+            if session.branch is None or not session.branch.chat.transcript:
+                gr.Info(text(language, "nothing"))
+                return None
+            path = session.file(time.strftime("visualrwkv-%Y%m%d-%H%M.safetensors"))
+            session.branch.chat.save(path)
+            return str(path)
+
+    def load(self, upload, language, model, prompt, scan, request: gr.Request):
+        """Go on with a saved conversation in place of the present one. Returns the setting it was held with, too."""
+        setting = [(model, prompt, scan)]
+
+        def act(session):
+            name = Path(upload).name
+            try:
+                found, chat = self.models.owner(Path(upload), setting[0])
+            except InputError as error:
+                raise InputError(str(error).replace(str(upload), name)) from None
+            except Exception:  # a forged file can break in many ways, none of which is to end the page
+                raise InputError(text(language, "bad_file", file=name)) from None
+            session.restart(found, chat)
+            setting[0] = found
+            turns = len(chat.transcript) // 2
+            session.branch.shown, session.branch.sources = [None] * turns, [None] * turns  # the file holds no pictures
+            gr.Info(text(language, "loaded", turns=turns))
+
+        shown = self._change(request, language, setting[0], act)
+        return *self._show(self.sessions.peek(_key(request)), language, setting[0], shown[1]), *setting[0]
+
+    # Small things around it.
+
+    def example(self, language, chosen: gr.SelectData):
+        """The message of an example."""
+        index = chosen.index if isinstance(chosen.index, int) else chosen.index[0]
+        example = self.examples[index % len(self.examples)]
+        return {"text": example.questions[language], "files": [example.picture]}
+
+    def open_camera(self, is_open):
+        """Open the camera, or close it."""
+        return gr.update(value=None, visible=not is_open), not is_open
+
+    def attach(self, message, photograph):
+        """Add a photograph of the camera to the message; closes the camera."""
+        if photograph is None:
+            return gr.skip(), gr.skip(), gr.skip()
+        message = message or {}
+        files = [*(message.get("files") or ()), photograph]
+        return {"text": message.get("text") or "", "files": files}, gr.update(value=None, visible=False), False
+
+    def show(self, language, model, prompt, scan, request: gr.Request):
+        """The session as it is (after a change of language)."""
+        return self._show(self.sessions.peek(_key(request)), language, (model, prompt, scan), gr.skip())
+
+    # Shared by the above.
+
+    def _open(self, request, language) -> Session | None:
+        """The caller's session; None, and a word about it, where it was closed meanwhile."""
+        try:
+            return self.sessions.open(_key(request))
+        except Ended as ended:
+            gr.Warning(text(language, ended.reason, minutes=round(self.sessions.idle / 60)), duration=None)
+            return None
+
+    def _change(self, request, language, setting, act):
+        """End a reply that is under way, let `act` change the session, show it."""
+        session = self._open(request, language)
+        if session is not None:
+            session.halt.set()
+            with session.lock:
+                try:
+                    act(session)
+                except InputError as error:
+                    _warn(error)
+                return self._show(session, language, setting, gr.update(**READY))
+        return self._show(None, language, setting, gr.update(**READY))
+
+    def _take_back(self, session, language, pictures_needed) -> dict | None:
+        """Undo the last turn; returns its message, or None with a word about it where that cannot be done."""
+        branch = session.branch
+        if branch is None or not branch.chat.transcript:
+            gr.Info(text(language, "nothing"))
+            return None
+        sources = branch.sources[-1]
+        there = [path for path in sources or [] if Path(path).is_file()]
+        lost = branch.chat.transcript[-2]["images"] if sources is None else len(sources) - len(there)
+        if lost and pictures_needed:
+            gr.Warning(text(language, "pictures_gone"))
+            return None
+        try:
+            asked, _ = branch.undo()
+        except InputError:
+            gr.Warning(text(language, "no_undo"))
+            return None
+        return {"text": asked, "files": there}
+
+    def _show(self, session, language, setting, box):
+        branch = session.branch if session else None
+        try:
+            vlm = self.models.get(*(session.setting if branch else setting))
+        except InputError:  # said where it was picked
+            vlm = self.models.get(*self.models.default)
+        names = list(BRANCHES[: len(session.branches)]) if branch else []
+        switch = gr.update(choices=names, value=names[session.current] if names else None, visible=len(names) > 1)
+        numbers = panel.figures(vlm, branch.chat if branch else None)
+        return _messages(branch, language), box, panel.html(numbers, language), switch
+
+
+def _key(request) -> tuple:
+    """Whose session: a page's own random number, and the name it logged in with."""
+    if not request.session_hash:
+        raise gr.Error("The request names no session.")
+    return request.username, request.session_hash
+
+
+def _warn(message):
+    gr.Warning(html.escape(str(message)))
+
+
+def _picture(path):
+    """Read an uploaded picture; errors name it as the user knows it."""
+    try:
+        return load_image(path)
+    except InputError as error:
+        raise InputError(str(error).replace(path, Path(path).name)) from None
+
+
+def _save_reduced(session, picture) -> str:
+    """A small copy for the page: upright RGB as the model is given it, without what a camera writes beside it."""
+    small = picture.copy()
+    small.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+    path = session.file("picture.png" if max(picture.size) <= SHOWN_SIDE else "picture.jpg")
+    small.save(path, quality=90)
+    return str(path)
+
+
+def _messages(branch: Branch | None, language, pending=None) -> list[dict]:
+    """The conversation as the chatbot component shows it, with a turn that is still being answered."""
+    messages = []
+    if branch is not None:
+        shown = iter(branch.shown)
+        for turn in branch.chat.transcript:
+            pictures = next(shown) if turn["role"] == "user" else []
+            lost = pictures is None and turn["images"]
+            words = [text(language, "picture_not_saved")] if lost else []
+            messages.append(_message(turn["role"], pictures or [], *words, turn["text"]))
+    if pending is not None:
+        asked, pictures, said = pending
+        messages.append(_message("user", pictures, asked))
+        if said:
+            messages.append(_message("assistant", [], said))
+    return messages
+
+
+def _message(role, pictures, *words):
+    # the page takes words for HTML: escaped, they look as they were written
+    spoken = [{"type": "text", "text": html.escape(said, quote=False)} for said in words]
+    return {"role": role, "content": [{"path": path} for path in pictures] + spoken}

@@ -1,0 +1,265 @@
+"""The demo as a person meets it: headless Chromium on a real server, answers compared with those of the Python API."""
+
+import os
+import time
+
+import pytest
+from PIL import Image
+
+import visualrwkv
+from visualrwkv import scenes
+
+pytest.importorskip("gradio")
+pytest.importorskip("playwright.sync_api")
+
+from visualrwkv.demo.app import Server
+from visualrwkv.demo.screenshots import SIZES, ask, browser, find_chromium, idle
+
+pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no Chromium is installed (apt-get install chromium)")
+
+SLOW = 120_000  # ms; other work may hold the machine
+COLOUR, DESCRIBE, LEFT = "What color is the object on the left?", "Describe the image.", "What shape is on the left?"
+LONGEST = 256  # what the page asks for by itself
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return visualrwkv.load()
+
+
+@pytest.fixture(scope="module")
+def server(random_folder):
+    # clients that vanish are noticed when the next sign of life cannot be sent
+    os.environ["GRADIO_HEARTBEAT_INTERVAL"] = "0.5"
+    server = Server(["embedded", str(random_folder)], grace=0.5)
+    yield server
+    server.close()
+    del os.environ["GRADIO_HEARTBEAT_INTERVAL"]
+
+
+@pytest.fixture(scope="module")
+def chromium(server):
+    with browser() as chromium:
+        yield chromium
+
+
+@pytest.fixture
+def open_page(chromium, server):
+    """Opens the app at a size; in the end no page may have asked anybody else or met an error."""
+    contexts, asked, errors = [], set(), []
+
+    def open_page(size="wide", locale="en-US"):
+        width, height = SIZES[size]
+        context = chromium.new_context(viewport={"width": width, "height": height}, locale=locale)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(SLOW)
+        page.on("request", lambda request: asked.add(request.url.split("?")[0]))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(server.url)
+        page.locator("#examples img").first.wait_for()
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert {url for url in asked if not url.startswith((server.url, "data:", "blob:"))} == set()
+    assert errors == []
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """Two drawn pictures."""
+    folder = tmp_path_factory.mktemp("drawn")
+    for number in range(2):
+        rng = scenes.scene_rng(3, "test", number)
+        scenes.draw(scenes.sample_scene(rng, min_objects=3, split="test")).save(folder / f"{number}.png")
+    return [folder / f"{number}.png" for number in range(2)]
+
+
+def attach(page, picture):
+    page.locator("#box input[type=file]").first.set_input_files(picture)
+    page.locator("#box .thumbnail-item").first.wait_for()
+
+
+def said(page, who):
+    """The texts of all messages of "user" or "bot"."""
+    spoken = [part.inner_text().strip() for part in page.locator(f"#chat [data-testid={who}]").all()]
+    return [words for words in spoken if words]  # pictures have none
+
+
+def visible(words):
+    """Without white space and control characters, of which random weights write many and a page shows few."""
+    return "".join(sign for sign in words if sign.isprintable() and not sign.isspace())
+
+
+def figure(page, name):
+    return page.locator(f"#figures [data-figure={name}] b").inner_text()
+
+
+def sideways(page):
+    """Pixels by which the page is wider than its window."""
+    return page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+
+
+def toast(page):
+    return page.locator("[data-testid=toast-text]").last.inner_text()
+
+
+def test_a_conversation(open_page, server, vlm, drawn, tmp_path):
+    page = open_page()
+    chat = vlm.chat()
+    attach(page, drawn[0])
+    ask(page, DESCRIBE)
+    assert said(page, "bot") == [vlm.ask(drawn[0], DESCRIBE, max_new_tokens=LONGEST)]
+    assert not page.locator("#examples").is_visible()
+    expected = [chat.say(DESCRIBE, drawn[0], max_new_tokens=LONGEST)]
+
+    # a follow-up, then another picture
+    ask(page, COLOUR)
+    attach(page, drawn[1])
+    ask(page, LEFT)
+    expected += [chat.say(COLOUR, max_new_tokens=LONGEST), chat.say(LEFT, drawn[1], max_new_tokens=LONGEST)]
+    assert said(page, "bot") == expected and said(page, "user") == [DESCRIBE, COLOUR, LEFT]
+    shown = page.locator("#chat .user-row img")
+    assert shown.count() == 2
+    assert shown.first.evaluate("image => image.complete && image.naturalWidth") == Image.open(drawn[0]).width
+    assert figure(page, "tokens_read") == f"{chat.tokens_read:,}" and figure(page, "turns") == "3"
+    assert float(figure(page, "first_token").split()[0]) > 0
+
+    # saved here, loaded by somebody else, who goes on
+    with page.expect_download() as download:
+        page.locator("#save").click()
+    file = tmp_path / download.value.suggested_filename
+    download.value.save_as(file)
+    assert vlm.chat.load(file).transcript == chat.transcript
+    other = open_page()
+    other.locator("#keep input[type=file]").set_input_files(file)
+    other.locator("#chat .bot-row").nth(2).wait_for()
+    ask(other, COLOUR)
+    assert said(other, "bot") == [*expected, vlm.chat.load(file).say(COLOUR, max_new_tokens=LONGEST)]
+    assert said(page, "bot") == expected
+
+    # back, and in two directions
+    page.locator("#undo").click()
+    page.locator("#chat .bot-row").nth(2).wait_for(state="detached")
+    page.locator("#fork").click()
+    page.locator("#branches").wait_for()
+    ask(page, LEFT)
+    page.locator("#branches label", has_text="A").click()
+    page.locator("#chat .bot-row").nth(2).wait_for(state="detached")
+    assert said(page, "bot") == expected[:2]
+    page.locator("#edit").click()
+    page.locator("#chat .bot-row").nth(1).wait_for(state="detached")
+    assert page.locator("#box textarea").input_value() == COLOUR
+    page.locator("#retry").click()
+    page.wait_for_timeout(500)
+    idle(page)
+    assert said(page, "bot") == expected[:1] and said(page, "user") == [DESCRIBE]
+    page.locator("#new").click()
+    page.locator("#chat .bot-row").first.wait_for(state="detached")
+    page.locator("#examples").wait_for()
+
+
+def test_a_reply_grows_and_can_be_stopped(open_page, server, drawn):
+    """On the model with random weights, picked in the menu, whose replies go on and on."""
+    page = open_page()
+    page.locator("#reading button").first.click()
+    page.locator("#model input").click()
+    page.locator("[role=option]", has_text="random").click()
+    page.locator("#sampling button").first.click()
+    longest = page.locator("#max_new_tokens input[type=number]")
+    longest.fill("1024")
+    longest.press("Tab")
+    page.evaluate("""() => {
+        window.grown = [];
+        new MutationObserver(() => {
+            const rows = document.querySelectorAll("#chat [data-testid=bot]");
+            const text = rows.length ? rows[rows.length - 1].innerText.trim() : "";
+            if (text && text !== window.grown[window.grown.length - 1]) window.grown.push(text);
+        }).observe(document.querySelector("#chat"), {childList: true, subtree: true, characterData: true});
+    }""")
+    attach(page, drawn[0])
+    page.locator("#box textarea").fill(DESCRIBE)
+    page.locator("#box textarea").press("Enter")
+    page.wait_for_function("window.grown.length >= 3")
+    page.locator("#box [aria-label=Stop]").click()
+    idle(page)
+    live = [session for session in server.sessions._live.values() if session.branch]
+    chat = max(live, key=lambda session: session.branch.chat.stats.total_s).branch.chat
+    assert chat.stats.finish == "cancelled" and chat.stats.reply_tokens < 1024
+    grown = page.evaluate("window.grown")
+    assert len(set(map(len, grown))) >= 3 and grown == sorted(grown, key=len)
+    (last,) = said(page, "bot")
+    assert visible(last) == visible(chat.transcript[-1]["text"])
+
+
+def test_a_closed_page_frees_its_session(open_page, server):
+    page = open_page()
+    before = set(server.sessions._live)
+    ask(page, "Hello <b>you</b> *there*")
+    assert said(page, "user") == ["Hello <b>you</b> *there*"]  # shown as it was typed
+    (key,) = set(server.sessions._live) - before
+    page.close()
+    deadline = time.monotonic() + 60
+    while server.sessions.peek(key) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert server.sessions.peek(key) is None
+
+
+def test_bad_files_get_a_clear_word(open_page, tmp_path):
+    page = open_page()
+    bad = tmp_path / "notes.png"
+    bad.write_text("no picture")
+    attach(page, bad)
+    page.locator("#box textarea").fill("What?")
+    page.locator("#box [data-testid=submit-button]").click()
+    page.locator("[data-testid=toast-text]").first.wait_for()
+    assert "notes.png: not an image that can be read" in toast(page)
+    assert page.locator("#box textarea").input_value() == "What?" and said(page, "bot") == []
+    page.reload()
+    page.locator("#examples img").first.wait_for()
+    bad = tmp_path / "bad.safetensors"
+    bad.write_text("nothing")
+    page.locator("#keep input[type=file]").set_input_files(bad)
+    page.locator("[data-testid=toast-text]").first.wait_for()
+    assert "bad.safetensors: not a saved conversation" in toast(page)
+
+
+def test_a_photograph(open_page):
+    """Chromium's stand-in for a camera draws a test card."""
+    page = open_page()
+    page.locator("#camera").click()
+    page.locator("#viewfinder [title='grant webcam access'] button").click()
+    page.locator("#viewfinder button[aria-label='capture photo']").click()
+    page.locator("#box .thumbnail-item").first.wait_for()
+    ask(page, COLOUR)
+    assert page.locator("#chat .user-row img").count() == 1 and len(said(page, "bot")) == 1
+
+
+def test_chinese(open_page, vlm):
+    page = open_page(locale="zh-CN")  # the browser's own language is taken up
+    page.locator("#new", has_text="新对话").wait_for()
+    page.locator("#figures", has_text="记忆").wait_for()
+    page.locator("#examples button").first.click()
+    page.locator("#chat .bot-row").wait_for()
+    idle(page)
+    page.locator("#language label", has_text="English").click()
+    page.locator("#new", has_text="New chat").wait_for()
+    page.locator("#figures", has_text="Memory").wait_for()
+    assert len(said(page, "bot")) == 1
+
+
+def test_a_phone_needs_no_scrolling_sideways(open_page):
+    page = open_page("phone")
+    assert sideways(page) <= 0
+    page.locator("#examples button").first.click()
+    page.locator("#chat .bot-row").wait_for()
+    idle(page)
+    for accordion in ("#reading", "#sampling"):
+        page.locator(f"{accordion} button").first.click()
+    page.wait_for_timeout(500)
+    assert sideways(page) <= 0
+    for name in ("#chat", "#box", "#figures", "#actions", "#sampling"):
+        place = page.locator(name).bounding_box()
+        assert place["x"] >= 0 and place["x"] + place["width"] <= SIZES["phone"][0], name
