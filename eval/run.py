@@ -123,7 +123,7 @@ class Answerer:
     """
 
     def __init__(self, vlm, bench, batch_size=1, max_new_tokens=128, workers=2, blank=False):
-        from visualrwkv.chat import Sampling
+        from visualrwkv.sampling import Sampling
 
         self.vlm, self.bench, self.batch_size, self.workers, self.blank = vlm, bench, batch_size, workers, blank
         self.sampling = Sampling(max_new_tokens=max_new_tokens)

@@ -19,8 +19,8 @@ ROOT = PACKAGE.parent
 LAYERS = [
     ["errors", "state", "ops", "projector"],
     ["configuration", "prompt", "recipe", "runs", "scan", "tokenization", "image_processing", "scenes"],
-    ["vision", "rwkv", "processing", "streaming", "checkpoint_layout"],
-    ["modeling"],
+    ["vision", "rwkv", "processing", "streaming", "checkpoint_layout", "sampling", "saved_chat"],
+    ["modeling", "session"],
     ["checkpoints", "chat", "registration"],
     ["loading", "info"],
     ["scenes.accuracy", "data", "engine"],
@@ -167,7 +167,7 @@ def test_nothing_imports_the_app_or_the_evaluation():
 
 
 def test_the_evaluation_uses_public_names():
-    allowed = {"errors", "prompt", "chat", "loading", "image_processing", "streaming", "eval"}
+    allowed = {"errors", "prompt", "sampling", "loading", "image_processing", "streaming", "eval"}
     seen = set()
     for path in (ROOT / "eval").glob("*.py"):
         for name, top in imports_of(path):

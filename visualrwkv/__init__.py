@@ -14,7 +14,8 @@ __version__ = "0.1.0"
 _HOME = {
     "load": "loading",
     "VisualRWKV": "chat",
-    "ChatSession": "chat",
+    "ChatSession": "session",
+    "Sampling": "sampling",
     "VisualRWKVConfig": "configuration",
     "VisualRWKVForConditionalGeneration": "modeling",
     "VisualRWKVProcessor": "processing",

@@ -273,3 +273,8 @@ def flatten_images(images: Any) -> list:
     if isinstance(images, (list, tuple)):
         return [source for item in images for source in flatten_images(item)]
     return [images]
+
+
+def open_pictures(images: Any) -> list[Image.Image]:
+    """Upright RGB pictures of one question: None, one source, or a list of sources (see `load_image`)."""
+    return [load_image(source) for source in flatten_images(images)]

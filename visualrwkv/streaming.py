@@ -1,13 +1,17 @@
 """From token ids to the text of a reply, at once or piece by piece.
 
 Tokens are bytes, so one may end inside a character, and a reply ends at the first empty line, which may lie inside a
-token or between two. `ReplyText` takes care of both; the blocking and the streaming way go through it, hence agree.
+token or between two. `ReplyText` takes care of both and of stop strings; the blocking and the streaming way go through
+it, hence agree.
 """
 
 import codecs
 import queue
-from collections.abc import Iterable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
+from typing import Any
 
 import torch
 from transformers.generation.stopping_criteria import StoppingCriteria
@@ -18,44 +22,72 @@ from visualrwkv.tokenization import RWKVWorldTokenizer, Vocabulary
 
 
 class ReplyText:
-    """Turns ids into reply text: whole characters only, cut at the first empty line, stripped.
+    """Turns ids into reply text: whole characters only, cut at the first empty line or stop string, stripped.
 
     A character that never gets complete is left out; bytes that are not UTF-8 and ids outside the vocabulary show as
-    U+FFFD. The pieces of all `add` calls joined are the reply, whatever the ids were grouped like.
+    U+FFFD. The pieces of all `add` calls and of `close` joined are the reply, whatever the ids were grouped like: no
+    text is given out that may turn out to be the beginning of a stop string.
+
+    Args:
+        tokenizer: the tokenizer of the model.
+        stop: further strings that end the reply; the one that is complete first does.
+
+    Attributes:
+        finished: nothing more will come.
+        end: what ended the reply, `TURN_END` or one of `stop`; None as long as none of them was found.
     """
 
-    def __init__(self, tokenizer: RWKVWorldTokenizer):
+    def __init__(self, tokenizer: RWKVWorldTokenizer, stop: Iterable[str] = ()):
         self._tokens = tokenizer.vocabulary.tokens
         self._special = {tokenizer.pad_token_id, tokenizer.image_token_id}
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""  # white space that is only shown when something follows
+        self._ends = (TURN_END, *stop)
+        self._held = ""  # white space that is only shown when something follows, and what may begin a stop string
         self._started = False
         self.finished = False
+        self.end: str | None = None
 
     def add(self, ids: Iterable[int]) -> str:
         """Take the next ids and return the text that is now certain, often empty."""
         if self.finished:
             return ""
         data = b"".join(b"" if i in self._special else self._tokens.get(i, b"\xef\xbf\xbd") for i in map(int, ids))
-        text, end, _ = (self._held + self._utf8.decode(data)).partition(TURN_END)
-        self.finished = bool(end)
+        text = self._held + self._utf8.decode(data)
+        found = [(text.index(end) + len(end), text.index(end), end) for end in self._ends if end in text]
+        if found:
+            _, start, self.end = min(found)
+            self.finished = True
+            return self._show(text[:start], "")
+        certain = len(text) - max(_begun(text, end) for end in self._ends)
+        return self._show(text[:certain], text[certain:])
+
+    def close(self) -> str:
+        """No more ids follow: return what was held back as a possible stop string. White space at the end and half a
+        character are no part of the reply."""
+        if self.finished:
+            return ""
+        self.finished = True
+        return self._show(self._held, "")
+
+    def _show(self, text: str, doubtful: str) -> str:
         if not self._started:
             # line breaks are kept until it is clear that they are not the end of the reply
             text = text.lstrip() if text.strip() else text
             self._started = bool(text.strip())
         shown = text.rstrip()
-        self._held = text[len(shown) :]
+        self._held = text[len(shown) :] + doubtful
         return shown
 
-    def close(self) -> str:
-        """No more ids follow. What was held back, white space and half a character, is no part of the reply: ""."""
-        self.finished = True
-        return ""
-
     @classmethod
-    def whole(cls, tokenizer: RWKVWorldTokenizer, ids: Iterable[int]) -> str:
+    def whole(cls, tokenizer: RWKVWorldTokenizer, ids: Iterable[int], stop: Iterable[str] = ()) -> str:
         """The reply that all generated ids stand for."""
-        return cls(tokenizer).add(ids)
+        reply = cls(tokenizer, stop)
+        return reply.add(ids) + reply.close()
+
+
+def _begun(text: str, end: str) -> int:
+    """How many characters at the end of the text may be the beginning of `end`."""
+    return next((n for n in range(min(len(text), len(end) - 1), 0, -1) if text.endswith(end[:n])), 0)
 
 
 class Utf8Streamer(BaseStreamer):
@@ -68,10 +100,17 @@ class Utf8Streamer(BaseStreamer):
         tokenizer: the tokenizer of the model.
         skip_prompt: the first `put` of `generate` holds the prompt; leave it out.
         timeout: seconds to wait for the next piece before `queue.Empty` is raised; None waits for ever.
+        stop: strings that end the reply.
     """
 
-    def __init__(self, tokenizer: RWKVWorldTokenizer, skip_prompt: bool = True, timeout: float | None = None):
-        self._decoder = ReplyText(tokenizer)
+    def __init__(
+        self,
+        tokenizer: RWKVWorldTokenizer,
+        skip_prompt: bool = True,
+        timeout: float | None = None,
+        stop: Iterable[str] = (),
+    ):
+        self._decoder = ReplyText(tokenizer, stop)
         self._skip_next = skip_prompt
         self._timeout = timeout
         self._queue: queue.Queue[str | BaseException | None] = queue.Queue()
@@ -83,13 +122,16 @@ class Utf8Streamer(BaseStreamer):
         if self._skip_next:
             self._skip_next = False
             return
-        text = self._decoder.add(value.flatten().tolist())
-        if text:
-            self._queue.put(text)
+        self._give(self._decoder.add(value.flatten().tolist()))
 
     def end(self) -> None:
         """No more ids follow."""
+        self._give(self._decoder.close())
         self._queue.put(None)
+
+    def _give(self, text: str) -> None:
+        if text:
+            self._queue.put(text)
 
     def fail(self, error: BaseException) -> None:
         """Let the reader raise an error that stopped the generation."""
@@ -139,3 +181,76 @@ class StopAtTurnEnd(StoppingCriteria):
         if fresh.shape[1] == 2:
             done = done | (ends[fresh[:, 0]] & begins[fresh[:, 1]])
         return done
+
+
+class StopAtStrings(StoppingCriteria):
+    """Stops each row as soon as its generated text holds an empty line or one of the stop strings.
+
+    Args:
+        tokenizer: the tokenizer of the model.
+        prompt_length: number of ids in front of the generated ones.
+        stop: the strings.
+    """
+
+    def __init__(self, tokenizer: RWKVWorldTokenizer, prompt_length: int, stop: Iterable[str]):
+        self._new_reply = lambda: ReplyText(tokenizer, stop)
+        self._read = prompt_length
+        self._replies: list[ReplyText] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+        """Take ids (B, T), the same rows as before, and return which are complete, bool (B,)."""
+        self._replies = self._replies or [self._new_reply() for _ in input_ids]
+        for reply, fresh in zip(self._replies, input_ids[:, self._read :].tolist(), strict=True):
+            reply.add(fresh)
+        self._read = input_ids.shape[1]
+        return torch.tensor([reply.finished for reply in self._replies], device=input_ids.device)
+
+
+class ReplyWatch(StoppingCriteria):
+    """Notes when the first token came, and ends a reply that nobody waits for any more."""
+
+    def __init__(self):
+        self.unwanted = threading.Event()
+        self.first_token_at: float | None = None  # time.perf_counter()
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+        if self.first_token_at is None:
+            self.first_token_at = time.perf_counter()
+        return torch.full((input_ids.shape[0],), self.unwanted.is_set(), device=input_ids.device)
+
+
+class ReplyJob:
+    """One reply under way in a thread of its own, since transformers pushes tokens and callers want to pull them.
+
+    Args:
+        generate: starts the model; called once, with `streamer` and `stop` (a `ReplyWatch`) by name.
+        tokenizer: the tokenizer of the model.
+        stop: strings that end the reply.
+
+    Attributes:
+        output: what `generate` returned; stays None when it failed.
+        watch: the `ReplyWatch`.
+    """
+
+    def __init__(self, generate: Callable[..., Any], tokenizer: RWKVWorldTokenizer, stop: Iterable[str] = ()):
+        self.output = None
+        self.watch = ReplyWatch()
+        self._generate = generate
+        self._streamer = Utf8Streamer(tokenizer, stop=stop)
+
+    def pieces(self) -> Iterator[str]:
+        """Text as soon as it is certain. Closing the iterator stops the reply after the token it is at."""
+
+        def work():
+            try:
+                self.output = self._generate(streamer=self._streamer, stop=self.watch)
+            except BaseException as error:  # raised again in the thread that waits for the text
+                self._streamer.fail(error)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            yield from self._streamer
+        finally:
+            self.watch.unwanted.set()
+            thread.join()

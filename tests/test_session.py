@@ -1,0 +1,478 @@
+"""Conversations: what the state has read, fork, undo, looking again, files."""
+
+import json
+import os
+import threading
+from functools import partial
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import visualrwkv
+from visualrwkv import InputError, saved_chat
+from visualrwkv.prompt import Turn
+from visualrwkv.session import UNDO_LIMIT, unread_end
+from visualrwkv.tokenization import Vocabulary
+
+SHORT = {"max_new_tokens": 12}
+QUESTIONS = ["What is the colour?", "What?", "What is it, 在哪里?", "How many objects do you see in the picture?"]
+
+
+def record_inputs(vlm, monkeypatch):
+    """Collect the ids that each generate call reads."""
+    seen, generate = [], vlm.model.generate
+
+    def spy(**inputs):
+        seen.append(inputs["input_ids"].tolist()[0])
+        return generate(**inputs)
+
+    monkeypatch.setattr(vlm.model, "generate", spy)
+    return seen
+
+
+def test_the_first_turn_of_a_chat_is_ask(vlm, pictures):
+    assert vlm.chat().say(QUESTIONS[0], images=pictures[0], **SHORT) == vlm.ask(pictures[0], QUESTIONS[0], **SHORT)
+
+
+def test_a_turn_reads_only_itself_and_the_state_is_as_if_all_was_read(vlm, pictures, monkeypatch):
+    fed = record_inputs(vlm, monkeypatch)
+    chat = vlm.chat()
+    shown = [[pictures[0]], [], [pictures[1], pictures[2]], []]
+    sizes = []
+    history = []  # the ids that the state has read: prompts, and replies but for their last token
+    for number, images in enumerate(shown):
+        before = list(chat._now.unread)
+        reply = chat.say(QUESTIONS[number], images=images, **SHORT)
+        assert fed[-1][: len(before)] == before
+        own, _ = vlm.processor.encode_turns(
+            [Turn(**turn) for turn in chat.transcript[:-1]], open_reply=True, start=2 * number
+        )
+        assert fed[-1][len(before) :] == own
+        assert chat.transcript[-1] == {"role": "assistant", "text": reply, "images": 0}
+        history += fed[-1]
+        pixels = [picture for group in shown[: number + 1] for picture in group]
+        pixel_values = vlm.processor.image_processor(pixels, return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            reread = vlm.model(torch.tensor([history]), pixel_values)
+        # the state continues over the reply: read it again as well
+        read = chat._now.state.seen - len(history)
+        steps = []
+        logits = reread.logits[:, -1]
+        for _ in range(read):
+            logits[:, vlm.model.config.image_token_id] = float("-inf")
+            steps.append(int(logits.argmax()))
+            with torch.no_grad():
+                reread = vlm.model(torch.tensor([[steps[-1]]]), cache=reread.cache)
+            logits = reread.logits[:, -1]
+        history += steps
+        with torch.no_grad():
+            whole = vlm.model(torch.tensor([history]), pixel_values).cache
+        for layer, other in zip(chat._now.state.layers, whole.layers, strict=True):
+            for tensor, expected in zip(layer, other, strict=True):
+                assert torch.allclose(tensor, expected, atol=2e-4), number
+        sizes.append(chat.nbytes)
+    assert len(set(sizes)) == 1 and sizes[0] == chat._now.state.nbytes
+
+
+def test_streamed_turns_equal_blocking_turns(vlm, pictures):
+    one, two = vlm.chat(), vlm.chat()
+    for number, images in enumerate(([pictures[0]], None, [pictures[1]])):
+        expected = one.say(QUESTIONS[number], images, **SHORT)
+        assert "".join(two.stream(QUESTIONS[number], images, **SHORT)) == expected
+    assert one.transcript == two.transcript
+    assert one._now.unread == two._now.unread
+
+
+def test_fork_and_reset(vlm, pictures):
+    chat = vlm.chat()
+    chat.say(QUESTIONS[0], pictures[0], **SHORT)
+    fork = chat.fork()
+    answer = chat.say(QUESTIONS[1], **SHORT)
+    chat.say(QUESTIONS[2], **SHORT)
+    assert len(fork.transcript) == 2
+    assert fork.say(QUESTIONS[1], **SHORT) == answer
+    fork.reset()
+    assert (fork.transcript, fork.nbytes) == ([], 0)
+    assert fork.say(QUESTIONS[0], pictures[0], **SHORT) == chat.transcript[1]["text"]
+
+
+def test_save_and_load_continue_the_same_conversation(vlm, pictures, tmp_path):
+    chat = vlm.chat()
+    chat.say(QUESTIONS[2], pictures[0], **SHORT)
+    chat.save(tmp_path / "talk.safetensors")
+    loaded = vlm.chat.load(tmp_path / "talk.safetensors")
+    assert loaded.transcript == chat.transcript
+    assert loaded.nbytes == chat.nbytes
+    assert loaded.say(QUESTIONS[1], pictures[1], **SHORT) == chat.say(QUESTIONS[1], pictures[1], **SHORT)
+    vlm.chat().save(tmp_path / "fresh.safetensors")
+    assert vlm.chat.load(tmp_path / "fresh.safetensors").transcript == []
+
+
+def test_a_conversation_of_another_model_is_refused(vlm, random_folder, pictures, tmp_path):
+    chat = vlm.chat()
+    chat.say("What?", pictures[0], **SHORT)
+    chat.save(tmp_path / "talk.safetensors")
+    other = visualrwkv.load(random_folder)
+    assert other.chat.load(tmp_path / "talk.safetensors").transcript == chat.transcript
+    with torch.no_grad():
+        other.model.rwkv.blocks[1].att.key.weight.add_(0.5)
+    with pytest.raises(InputError, match="another model"):
+        other.chat.load(tmp_path / "talk.safetensors")
+    for name in ("nothing.safetensors", "words.txt"):
+        (tmp_path / "words.txt").write_text("words")
+        with pytest.raises(InputError, match=name):
+            vlm.chat.load(tmp_path / name)
+
+
+def test_a_refused_turn_leaves_the_conversation_as_it_was(vlm, pictures):
+    chat = vlm.chat()
+    chat.say("What?", pictures[0], **SHORT)
+    before = chat.transcript
+    for text, images in (("", None), ("<image>", None), ("What?", "nowhere.png")):
+        with pytest.raises(InputError):
+            chat.say(text, images)
+        with pytest.raises(InputError):
+            chat.stream(text, images)
+    assert chat.transcript == before
+
+
+def test_leaving_a_streamed_turn_keeps_what_was_said(vlm, pictures):
+    chat = vlm.chat()
+    stream = chat.stream("What?", pictures[0], max_new_tokens=400)
+    first = next(stream)
+    stream.close()
+    assert chat.transcript[-1]["text"].startswith(first)
+    assert vlm.processor.tokenizer.decode_bytes(chat._now.unread).endswith(b"\n\n")
+    chat.say("What?", **SHORT)
+
+
+@pytest.mark.parametrize(
+    ("reply", "unread"),
+    [
+        ([b"red", b"\n\n"], b"\n\n"),  # the usual end
+        ([b"red", b".\n\n\n"], b".\n\n"),  # the end and more in one token
+        ([b"red", b"\n", b"\n"], b"\n"),  # the end in two tokens
+        ([b"red", b".\n", b"\nUser"], b"\n"),
+        ([b"red", b" and"], b" and\n\n"),  # cut by the length limit
+        ([b"red", None], b"\n\n"),  # the end-of-text token
+        ([b"red"], b"red\n\n"),
+    ],
+)
+def test_what_the_state_has_not_read_closes_the_turn(reply, unread):
+    words = [b"\n\n", b"\n\n\n", b".\n\n\n", b".\n\n", b".\n", b"\nUser", b" and", b"red"]
+    vocabulary = Vocabulary(dict(enumerate([bytes([i]) for i in range(256)] + words, 1)))
+    ids = [0 if token is None else vocabulary.ids[token] for token in reply]
+    assert b"".join(vocabulary.tokens[index] for index in unread_end(vocabulary, ids)) == unread
+
+
+def same(one, other):
+    """Whether two sessions remember exactly the same."""
+    a, b = one._now, other._now
+    if (a.turns, a.unread, a.state is None) != (b.turns, b.unread, b.state is None):
+        return False
+    tensors = [(x, y) for p, q in zip(a.state.layers, b.state.layers, strict=True) for x, y in zip(p, q, strict=True)]
+    return a.state.seen == b.state.seen and all(torch.equal(x, y) for x, y in tensors)
+
+
+def close_to(state, other):
+    return all(
+        torch.allclose(x, y, atol=2e-4)
+        for p, q in zip(state.layers, other.layers, strict=True)
+        for x, y in zip(p, q, strict=True)
+    )
+
+
+def test_undo_is_exact_and_bounded(vlm, pictures):
+    chat, forks = vlm.chat(), []
+    for number in range(UNDO_LIMIT + 2):
+        forks.append(chat.fork())
+        chat.say(QUESTIONS[number % 4], pictures[number % 4] if number % 2 else None, **SHORT)
+    last = chat.transcript[-1]["text"]
+    assert chat.undo() == {"role": "user", "text": QUESTIONS[(UNDO_LIMIT + 1) % 4], "images": 1}
+    assert same(chat, forks[-1]) and chat.stats is None
+    assert chat.say(QUESTIONS[(UNDO_LIMIT + 1) % 4], pictures[(UNDO_LIMIT + 1) % 4], **SHORT) == last
+    for number in range(UNDO_LIMIT):
+        chat.undo()
+        assert same(chat, forks[-1 - number])
+    with pytest.raises(InputError, match=f"only the last {UNDO_LIMIT}"):
+        chat.undo()
+    assert same(chat, forks[2]) and len(chat.transcript) == 4
+    fresh = vlm.chat()
+    fresh.say("What?", **SHORT)
+    fresh.undo()
+    assert (fresh.transcript, fresh.nbytes, fresh.tokens_read) == ([], 0, 0)
+    with pytest.raises(InputError, match="nothing was said"):
+        fresh.undo()
+
+
+def test_memory_does_not_grow_with_the_talk(vlm, pictures):
+    chat = vlm.chat()
+    for _ in range(UNDO_LIMIT + 5):
+        chat.say("What?", [pictures[0], pictures[1]], max_new_tokens=2)
+        chat.say("What?", look_again=True, max_new_tokens=2)
+    assert len(chat._past) == UNDO_LIMIT
+    assert all(len(moment.features) == 2 for moment in (*chat._past, chat._now))
+    assert chat.nbytes == chat._past[0].state.nbytes
+    shown = 4 * (UNDO_LIMIT + 5) * vlm.processor.num_image_tokens
+    assert chat.tokens_read > shown
+
+
+def test_looking_again_equals_a_prompt_written_by_hand(vlm, pictures, monkeypatch):
+    chat = vlm.chat()
+    chat.say("What?", pictures[3], **SHORT)
+    chat.say("Which one?", [pictures[0], pictures[1]], **SHORT)
+    chat.say("And then?", **SHORT)
+    before = chat._now
+    encoded, encode = [], vlm.model.get_image_features
+    monkeypatch.setattr(vlm.model, "get_image_features", lambda pixels: encoded.append(pixels) or encode(pixels))
+    seen = record_inputs(vlm, monkeypatch)
+    for images, shown in (([], pictures[:2]), ([pictures[2]], [*pictures[:2], pictures[2]])):
+        other, encoded[:], seen[:] = chat.fork(), [], []
+        other.say("Colour?", images, look_again=True, max_new_tokens=1)
+        assert sum(map(len, encoded)) == len(images)  # the tower ran for the new pictures alone
+        marks = "<image>\n" * len(shown)
+        text = f"User: Colour?\n{marks}Colour?\n\nAssistant:"  # the question before and after
+        by_hand = vlm.processor(images=shown, text=text, return_tensors="pt")
+        by_hand_ids = [*before.unread, *by_hand["input_ids"][0].tolist()]
+        assert seen[0] == by_hand_ids
+        assert other.transcript[-2] == {"role": "user", "text": "Colour?", "images": len(shown)}
+        with torch.no_grad():
+            whole = vlm.model(torch.tensor([by_hand_ids]), by_hand["pixel_values"], cache=before.state.clone())
+        assert close_to(other._now.state, whole.cache)  # the one token of the reply has not been read
+        assert len(other._now.features) == (len(images) or 2)  # the pictures passed last
+
+
+def test_nothing_to_look_at_again(vlm, pictures):
+    chat = vlm.chat()
+    for call in (chat.say, chat.stream):
+        with pytest.raises(InputError, match="no picture to look at again"):
+            call("What?", look_again=True)
+    chat.say("What?", pictures[0], **SHORT)
+    chat.undo()
+    with pytest.raises(InputError, match="no picture to look at again"):
+        chat.say("What?", look_again=True)
+
+
+def stop_for(vlm, text):
+    """A stop string that comes in the middle of a reply."""
+    middle = len(text) // 2
+    return text[middle : middle + 2]
+
+
+def test_a_stop_string_is_not_remembered(vlm, pictures):
+    """The next turn goes on as if the model had stopped by itself there."""
+    free = vlm.chat().say(QUESTIONS[0], pictures[0], max_new_tokens=24)
+    stop = stop_for(vlm, free)
+    chat, streamed = vlm.chat(), vlm.chat()
+    reply = chat.say(QUESTIONS[0], pictures[0], max_new_tokens=24, stop=stop)
+    assert reply == free[: free.index(stop)].strip() and chat.stats.finish == "stop"
+    assert "".join(streamed.stream(QUESTIONS[0], pictures[0], max_new_tokens=24, stop=stop)) == reply
+    assert same(chat, streamed)
+    turns = [Turn("user", QUESTIONS[0], 1), Turn("assistant", reply)]
+    ids, _ = vlm.processor.encode_turns(turns[:1], open_reply=True)
+    pixels = vlm.processor.image_processor(pictures[0], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        state = vlm.model(torch.tensor([ids]), pixels).cache
+    assert close_to(chat._now.state, state) and chat.tokens_read == len(ids)
+    tail = vlm.processor.tokenizer.encode_text((f" {reply}" if reply else "") + "\n\n")
+    assert list(chat._now.unread) == tail
+    chat.say("Why?", **SHORT)
+
+
+def test_numbers_of_a_reply(vlm, pictures):
+    chat = vlm.chat()
+    assert chat.stats is None
+    for call in (chat.say, lambda *a, **o: list(chat.stream(*a, **o))):
+        before = chat.tokens_read
+        call("What is the colour?", pictures[0], max_new_tokens=5)
+        stats = chat.stats
+        assert chat.tokens_read == before + stats.prompt_tokens + stats.reply_tokens - 1
+        assert 1 <= stats.reply_tokens <= 5
+        assert (stats.finish == "length") <= (stats.reply_tokens == 5)
+        assert 0 < stats.first_token_s <= stats.total_s
+    stream = chat.stream("What?", max_new_tokens=400)
+    next(stream)
+    stream.close()
+    assert chat.stats.finish == "cancelled"
+
+
+def test_one_turn_at_a_time(vlm, pictures, tmp_path):
+    chat = vlm.chat()
+    chat.say("What?", pictures[0], **SHORT)
+    later = chat.stream("And?", **SHORT)  # not begun, so nothing is held up
+    first = chat.stream("What?", **SHORT)
+    next(first)
+    save = partial(chat.save, tmp_path / "talk")
+    for call in (partial(chat.say, "Why?"), chat.undo, chat.reset, save, partial(next, later)):
+        with pytest.raises(InputError, match="still being written"):
+            call()
+    other = chat.fork()
+    other.say("Why?", **SHORT)
+    list(first)
+    expected = chat.fork().say("And?", **SHORT)
+    assert "".join(chat.stream("And?", **SHORT)) == expected
+    assert len(chat.transcript) == 6
+
+
+def test_ctrl_c_leaves_a_conversation_usable(vlm, pictures, monkeypatch):
+    chat = vlm.chat()
+    chat.say("What?", pictures[0], **SHORT)
+    copy = chat.fork()
+
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vlm.model, "generate", interrupted)
+        for call in (lambda: chat.say("Why?"), lambda: list(chat.stream("Why?"))):
+            with pytest.raises(KeyboardInterrupt):
+                call()
+    assert same(chat, copy)
+    assert chat.say("Why?", **SHORT) == copy.say("Why?", **SHORT)
+
+
+def test_a_saved_conversation_goes_on_with_its_pictures_and_seeds(vlm, pictures, tmp_path):
+    chat = vlm.chat()
+    chat.say(QUESTIONS[2], [pictures[0], pictures[1]], **SHORT)
+    chat.say("Why?", **SHORT)
+    chat.save(tmp_path / "talk.safetensors")
+    loaded = vlm.chat.load(tmp_path / "talk.safetensors")
+    assert same(loaded, chat) and torch.equal(loaded._now.features, chat._now.features)
+    assert loaded.tokens_read == chat.tokens_read
+    with pytest.raises(InputError, match="before a load"):
+        loaded.undo()
+    options = {"max_new_tokens": 12, "temperature": 1.5, "seed": 3, "frequency_penalty": 0.5}
+    for turn in ({"look_again": True}, {}, {"images": pictures[2]}):
+        assert loaded.say("Where?", **turn, **options) == chat.say("Where?", **turn, **options)
+    assert same(loaded, chat)
+
+
+@pytest.fixture
+def saved(vlm, pictures, tmp_path):
+    """A saved conversation, and a function that saves it again with changes."""
+    path = tmp_path / "talk.safetensors"
+    chat = vlm.chat()
+    chat.say("What?", pictures[0], **SHORT)
+    chat.save(path)
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        meta = file.metadata()
+
+    def write(change_meta=None, change_tensors=None, drop=None):
+        kept = {name: value for name, value in (tensors | (change_tensors or {})).items() if name != drop}
+        save_file(kept, path, metadata={k: v for k, v in (meta | (change_meta or {})).items() if v is not None})
+        return path
+
+    return path, write
+
+
+TURNS = [{"role": "user", "text": "a", "images": 1}, {"role": "assistant", "text": "b", "images": 0}]
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"format": "visualrwkv-chat-0"},
+        {"model": None},
+        {"transcript": "{"},
+        {"transcript": "[" * 100_000},
+        {"transcript": "7"},
+        {"transcript": json.dumps(TURNS[:1])},
+        {"transcript": json.dumps([TURNS[1], TURNS[0]])},
+        {"transcript": json.dumps([{**TURNS[0], "role": "system"}, TURNS[1]])},
+        {"transcript": json.dumps([{**TURNS[0], "images": -1}, TURNS[1]])},
+        {"transcript": json.dumps([{**TURNS[0], "more": 1}, TURNS[1]])},
+        {"transcript": "[]"},
+        {"unread": "[0]"},
+        {"unread": "[1e3]"},
+        {"unread": "3"},
+        {"unread": json.dumps([10**30])},
+        {"seen": "-1"},
+        {"seen": "many"},
+        {"seen": None},
+    ],
+)
+def test_a_conversation_with_wrong_words_is_refused(vlm, saved, meta):
+    path, write = saved
+    write(meta)
+    refused(vlm, path)
+
+
+def test_the_image_token_cannot_be_smuggled_in(vlm, saved):
+    path, write = saved
+    write({"unread": json.dumps([vlm.model.config.image_token_id])})
+    refused(vlm, path)
+
+
+def test_a_conversation_with_wrong_tensors_is_refused(vlm, saved):
+    path, write = saved
+    wkv = "layers.1.wkv"
+    shape = load_file(path)[wkv].shape
+    for change in (
+        {wkv: torch.zeros(2, 2)},
+        {wkv: torch.zeros(shape, dtype=torch.int32)},
+        {wkv: torch.zeros(shape, dtype=torch.bfloat16)},
+        {wkv: torch.full(shape, torch.nan)},
+        {"layers.77.wkv": torch.zeros(shape)},
+        {"surprise": torch.zeros(1)},
+        {"image_features": torch.zeros(0, 16, 128)},
+        {"image_features": torch.zeros(16, 128)},
+        {"image_features": torch.zeros(1, 16, 4)},
+    ):
+        write(change_tensors=change)
+        refused(vlm, path)
+    write(drop=wkv)
+    refused(vlm, path)
+    write()
+    data = path.read_bytes()
+    for wrong in (b"", data[:100], data[: len(data) // 2], data + b"more", b"\xff" * 8 + data[8:]):
+        path.write_bytes(wrong)
+        refused(vlm, path)
+    path.write_bytes(data)
+    assert vlm.chat.load(path).say("Why?", **SHORT)
+
+
+def refused(vlm, path):
+    with pytest.raises(InputError, match="talk.safetensors") as caught:
+        vlm.chat.load(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_a_full_disk_leaves_the_older_file(vlm, saved, monkeypatch, tmp_path):
+    path, _ = saved
+    before = path.read_bytes()
+
+    def full(tensors, name, metadata):
+        with open(name, "wb") as file:
+            file.write(b"half")
+        raise OSError(28, "No space left on device", str(name))
+
+    monkeypatch.setattr(saved_chat, "save_file", full)
+    with pytest.raises(InputError, match="talk.safetensors: .*No space left on device"):
+        vlm.chat().save(path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
+    monkeypatch.undo()
+    for name in ("no/folder/talk.safetensors", "."):
+        with pytest.raises(InputError, match="written|folder"):
+            vlm.chat().save(tmp_path / name)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_two_conversations_in_two_threads(vlm, pictures):
+    """Neither their states nor their random numbers meet."""
+    options = {"max_new_tokens": 24, "temperature": 1.2, "top_p": 0.9}
+    expected = [vlm.chat().say("What?", pictures[n], seed=n, **options) for n in range(2)]
+    replies = [[], []]
+
+    def talk(n):
+        for _ in range(4):
+            replies[n].append("".join(vlm.chat().stream("What?", pictures[n], seed=n, **options)))
+
+    threads = [threading.Thread(target=talk, args=(n,)) for n in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert replies == [[answer] * 4 for answer in expected]

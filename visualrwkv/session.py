@@ -1,0 +1,274 @@
+"""A conversation whose memory is one state of fixed size.
+
+A turn reads only its own words: what was said before is in the state. All that a conversation is at one point is a
+`Moment`, which nobody changes; so to fork, to undo and to save are to keep or copy one. Saved files and their checks
+are in `saved_chat.py`.
+"""
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from visualrwkv.errors import InputError
+from visualrwkv.image_processing import open_pictures
+from visualrwkv.prompt import TURN_END, Turn, check_question
+from visualrwkv.sampling import Sampling
+from visualrwkv.saved_chat import Moment, read_chat, write_chat
+from visualrwkv.streaming import ReplyJob, ReplyText, ReplyWatch
+from visualrwkv.tokenization import Vocabulary
+
+UNDO_LIMIT = 4  # turns that can be taken back: so many earlier states are kept
+
+
+@dataclass(frozen=True)
+class ReplyStats:
+    """Numbers of one reply.
+
+    Args:
+        prompt_tokens: positions read for this turn, image positions and the unread end of the last reply included.
+        reply_tokens: tokens the model wrote, the end of the turn included.
+        first_token_s: seconds from the call to the first token; encoding the pictures is part of it.
+        total_s: seconds from the call to the end.
+        finish: "stop" (the model ended its turn, or wrote a stop string), "length" (`max_new_tokens` cut it) or
+            "cancelled" (the reader of a stream left).
+    """
+
+    prompt_tokens: int
+    reply_tokens: int
+    first_token_s: float
+    total_s: float
+    finish: str
+
+
+class ChatSession:
+    """A conversation; `vlm.chat()` starts one, `vlm.chat.load(path)` continues a saved one.
+
+    Its memory does not grow with the talk, but for the words of the transcript: there are the state, up to
+    `UNDO_LIMIT` earlier states, and for each of these the features of the pictures that were passed last.
+    One turn at a time: while a stream is being read, another turn, `undo`, `reset` and `save` are refused.
+
+    Attributes:
+        stats: `ReplyStats` of the latest reply, None before the first.
+    """
+
+    def __init__(self, vlm):
+        self._vlm = vlm
+        self._busy = threading.Lock()
+        self._now = Moment()
+        self._past: deque[Moment] = deque(maxlen=UNDO_LIMIT)
+        self.stats: ReplyStats | None = None
+
+    @property
+    def transcript(self) -> list[dict]:
+        """The turns so far as {"role": "user" | "assistant", "text", "images": number of pictures shown}."""
+        return [asdict(turn) for turn in self._now.turns]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state; 0 before the first turn, then always the same."""
+        return self._now.state.nbytes if self._now.state else 0
+
+    @property
+    def tokens_read(self) -> int:
+        """Positions that the state has seen: words of both speakers and image positions."""
+        return self._now.state.seen if self._now.state else 0
+
+    def say(self, text: str, images: Any = None, look_again: bool = False, **sampling) -> str:
+        """Say something, with or without pictures, and return the reply.
+
+        Args:
+            text: what the user says.
+            images: a picture or a list of pictures, shown in this turn.
+            look_again: show the pictures once more that came with the latest turn that passed any, before those of
+                `images`; the encoder does not run again. In a sandwich they stand between two copies of `text`, so the
+                model reads them knowing what is asked now. Otherwise a turn goes on from what the state remembers.
+            sampling: fields of `Sampling`.
+
+        Raises:
+            InputError: as for `VisualRWKV.ask`, or there is no picture to look at again; the conversation is then as
+                before, as it is after Ctrl-C.
+        """
+        asked, options, watch = self._check(text, images, look_again), Sampling.of(sampling), ReplyWatch()
+        with self._alone():
+            turn = _TurnUnderWay(self._vlm, self._now, *asked, options)
+            return self._commit(turn, turn.generate(stop=watch), watch)
+
+    def stream(self, text: str, images: Any = None, look_again: bool = False, **sampling) -> Iterator[str]:
+        """Like `say`, piece by piece. Leaving early keeps what was said until then as the reply."""
+        asked, options = self._check(text, images, look_again), Sampling.of(sampling)
+        return self._stream(asked, options)
+
+    def _stream(self, asked, options):
+        with self._alone():
+            turn = _TurnUnderWay(self._vlm, self._now, *asked, options)
+            job = ReplyJob(turn.generate, self._vlm.processor.tokenizer, options.stop)
+            try:
+                yield from job.pieces()
+            finally:
+                if job.output is not None:
+                    self._commit(turn, job.output, job.watch)
+
+    def fork(self) -> "ChatSession":
+        """A second conversation with the same past; neither hears what the other says from here on."""
+        other = ChatSession(self._vlm)
+        other._now, other._past, other.stats = self._now, self._past.copy(), self.stats
+        return other
+
+    def undo(self) -> dict:
+        """Take back the last turn and its reply; the state is exactly what it was before.
+
+        The last `UNDO_LIMIT` turns can be taken back, none of those before a `load`.
+
+        Returns:
+            The user's turn as in `transcript`, without its pictures themselves.
+        Raises:
+            InputError: there is nothing to take back.
+        """
+        with self._alone():
+            if not self._past:
+                kept = f"only the last {UNDO_LIMIT}, and none from before a load, are kept; use reset to start anew"
+                raise InputError(f"no turn to take back: {kept if self._now.turns else 'nothing was said yet'}")
+            said = self._now.turns[-2]
+            self._now, self.stats = self._past.pop(), None
+            return asdict(said)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        with self._alone():
+            self._now, self.stats = Moment(), None
+            self._past.clear()
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the conversation to one safetensors file: the state, the transcript, the features of the pictures
+        passed last, and which model it belongs to. A file that was there is replaced once the new one is complete.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        with self._alone():
+            write_chat(path, self._now, self._vlm.fingerprint())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, vlm) -> "ChatSession":
+        """What `vlm.chat.load(path)` does."""
+        session = cls(vlm)
+        session._now = read_chat(path, vlm.model.config, vlm.processor.tokenizer, vlm.fingerprint).to(vlm.model.device)
+        return session
+
+    @contextmanager
+    def _alone(self):
+        if not self._busy.acquire(blocking=False):
+            raise InputError("a reply of this conversation is still being written; read it to its end, or close it")
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+    def _check(self, text, images, look_again):
+        if look_again and self._now.features is None:
+            raise InputError("there is no picture to look at again; pass images in this turn")
+        return check_question(text), open_pictures(images), bool(look_again)
+
+    def _commit(self, turn, output, watch):
+        """Take over what the reply led to; returns the reply."""
+        now, text, self.stats = turn.outcome(output, watch)
+        self._past.append(self._now)
+        self._now = now
+        return text
+
+
+class _TurnUnderWay:
+    """One turn from the user's words to the moment behind the reply; the moment before it stays as it is."""
+
+    def __init__(self, vlm, before: Moment, text: str, pictures: list, look_again: bool, sampling: Sampling):
+        self._started = time.perf_counter()
+        self._vlm, self._before, self._sampling = vlm, before, sampling
+        fresh = None
+        if pictures:
+            pixels = vlm.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+            with torch.no_grad():
+                fresh = vlm.model.get_image_features(pixels.to(vlm.model.device))
+        shown = [features for features in (before.features if look_again else None, fresh) if features is not None]
+        self._features = torch.cat(shown) if shown else None  # (n, num_image_tokens, D)
+        self._kept = before.features if fresh is None else fresh
+        self._turn = Turn("user", text, images=sum(map(len, shown)))
+        # the unread end of the last reply, then this turn alone
+        ids, _ = vlm.processor.encode_turns([*before.turns, self._turn], open_reply=True, start=len(before.turns))
+        self._ids = torch.tensor([[*before.unread, *ids]])
+
+    def generate(self, **options):
+        """Let the model reply; returns what `VisualRWKV.generate` does, with `cache.seen` of the whole talk."""
+        output = self._vlm.generate(self._inputs(), self._sampling, state=self._state(), **options)
+        output.cache.seen += self._seen
+        return output
+
+    def outcome(self, output, watch: ReplyWatch) -> tuple[Moment, str, ReplyStats]:
+        """The moment behind the reply, its text and its numbers."""
+        tokenizer = self._vlm.processor.tokenizer
+        ids = output.sequences[0, self._ids.shape[1] :].tolist()
+        reply = ReplyText(tokenizer, self._sampling.stop)
+        text = reply.add(ids)
+        ended = reply.end is not None or ids[-1] == tokenizer.eos_token_id
+        text += reply.close()
+        state, unread = output.cache, unread_end(tokenizer.vocabulary, ids)
+        if reply.end not in (None, TURN_END):
+            # the state has read the stop string and what came with it: go back to the prompt, and let the next turn
+            # read the reply without it
+            state = self._read_prompt()
+            unread = tokenizer.encode_text((f" {text}" if text else "") + TURN_END)
+        done = time.perf_counter()
+        stats = ReplyStats(
+            prompt_tokens=self._ids.shape[1],
+            reply_tokens=len(ids),
+            first_token_s=(watch.first_token_at or done) - self._started,
+            total_s=done - self._started,
+            finish="stop" if ended else "cancelled" if watch.unwanted.is_set() else "length",
+        )
+        turns = (*self._before.turns, self._turn, Turn("assistant", text))
+        return Moment(turns, state, tuple(unread), self._kept), text, stats
+
+    def _inputs(self):
+        inputs = {"input_ids": self._ids, "attention_mask": torch.ones_like(self._ids)}
+        return inputs if self._features is None else inputs | {"image_features": self._features}
+
+    @property
+    def _seen(self):
+        return self._before.state.seen if self._before.state else 0
+
+    def _state(self):
+        """A copy to move. It counts from 0: `generate` would otherwise carry a mask as long as the whole talk."""
+        if self._before.state is None:
+            return None
+        state = self._before.state.clone()
+        state.seen = 0
+        return state
+
+    def _read_prompt(self):
+        with torch.no_grad():
+            inputs = {name: value.to(self._vlm.model.device) for name, value in self._inputs().items()}
+            state = self._vlm.model(**inputs, cache=self._state(), logits_to_keep=1).cache
+        state.seen += self._seen
+        return state
+
+
+def unread_end(vocabulary: Vocabulary, reply: list[int]) -> list[int]:
+    """What the next turn has to read first, so that the reply stands in the state closed by exactly one turn end.
+
+    The state has read all tokens of the reply but the last. That one may be the turn end, hold its second half or
+    something behind it, be the end-of-text token (0), or be any token if the reply was cut.
+    """
+    *read, last = [vocabulary.tokens.get(index, b"") for index in reply]
+    tail = b"".join(read[-1:])[-1:]  # an empty line may begin with the last byte that was read
+    end = TURN_END.encode()
+    at = (tail + last).find(end)
+    if at < 0:
+        return ([reply[-1]] if last else []) + vocabulary.encode(end)
+    kept = (tail + last)[len(tail) : at + len(end)]
+    return vocabulary.encode(kept)
