@@ -18,7 +18,7 @@ ROOT = PACKAGE.parent
 # A module imports only from layers above its own in this list (packages may import within themselves).
 LAYERS = [
     ["errors", "state", "ops", "projector"],
-    ["configuration", "prompt", "recipe", "runs", "scan", "tokenization", "image_processing", "scenes"],
+    ["decoding", "configuration", "prompt", "recipe", "runs", "scan", "tokenization", "image_processing", "scenes"],
     ["vision", "rwkv", "processing", "streaming", "checkpoint_layout"],
     ["modeling"],
     ["checkpoints", "chat", "registration"],

@@ -186,7 +186,7 @@ class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, GenerationMi
         hidden, state = self.rwkv(inputs_embeds, cache, mask, orders)
         if logits_to_keep:
             hidden = hidden[:, -logits_to_keep:]
-        logits = self.rwkv.head(hidden)
+        logits = self.rwkv.logits(hidden)
 
         loss = sample_losses = None
         if labels is not None:

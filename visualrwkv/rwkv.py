@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from visualrwkv import decoding
 from visualrwkv.configuration import VisualRWKVTextConfig
 from visualrwkv.ops import wkv6
 from visualrwkv.scan import Order
@@ -267,6 +268,11 @@ class RWKV(nn.Module):
         if state is None:
             state = RWKVState.zeros(self.config, embeds.shape[0], device=embeds.device, dtype=embeds.dtype)
         padding = None if mask is None or bool(mask.all()) else Padding(mask)
+        if embeds.shape[1] == 1 and padding is None and not orders:
+            hidden = decoding.step(self, embeds, state)
+            if hidden is not None:
+                state.seen += 1
+                return hidden, state
         x = self.blocks[0].ln0(embeds)
         for i, block in enumerate(self.blocks):
             order = orders[i] if orders else None
@@ -277,6 +283,10 @@ class RWKV(nn.Module):
                 x = x.gather(1, order.restore[..., None].expand_as(x))
         state.seen += embeds.shape[1]
         return self.ln_out(x), state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (B, T, D) of `forward` -> (B, T, V)."""
+        return decoding.project(self.head, hidden)
 
     @torch.no_grad()
     def init_weights(self) -> None:
