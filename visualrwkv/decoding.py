@@ -11,8 +11,8 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from visualrwkv.ops.kernel import ready
 from visualrwkv.ops.int8 import Int8Linear
+from visualrwkv.ops.kernel import ready
 from visualrwkv.state import LayerState, RWKVState
 
 MAX_BATCH = 16  # sequences; beyond, PyTorch's matrix products read the weights as seldom and compute faster

@@ -21,6 +21,14 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale[:, None]).round_().to(torch.int8), scale
 
 
+def quantize_linears(module: nn.Module) -> None:
+    """Replace every `nn.Linear` without bias inside the module, one after the other, by an `Int8Linear`."""
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Linear and child.bias is None:
+                setattr(parent, name, Int8Linear.of(child))
+
+
 class Int8Linear(nn.Module):
     """`nn.Linear` without bias on weights of eight bits, for inference.
 
