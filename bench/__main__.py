@@ -17,6 +17,7 @@ CASES = {
     "decode": ("language", "decode"),
     "decode_batched": ("language", "decode_batched"),
     "state_or_recompute": ("language", "state_or_recompute"),
+    "long_context": ("context", "long_context"),
     "train_step": ("language", "train_step"),
 }
 

@@ -48,7 +48,7 @@ def step(model: nn.Module, embeds: Tensor, state: RWKVState) -> Tensor | None:
     weights = plan.weights()
     if weights is None:
         return None
-    memory = [tensor for layer in state.layers for tensor in layer]
+    memory = [tensor.contiguous() for layer in state.layers for tensor in layer]
     done = torch.ops.visualrwkv.rwkv6_step(
         embeds[:, 0], weights, plan.scales(), memory, plan.heads, plan.norm_eps, plan.head_eps
     )

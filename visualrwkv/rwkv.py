@@ -45,7 +45,8 @@ def token_shift(z: Tensor, shift: Tensor, padding: Padding | None) -> tuple[Tens
     if padding is None:
         if z.shape[1] == 1:
             return shift[:, None].to(z.dtype), z[:, -1]
-        return torch.cat([shift[:, None].to(z.dtype), z[:, :-1]], 1), z[:, -1]
+        # A copy, since a view would keep the whole of z alive for as long as the state is kept.
+        return torch.cat([shift[:, None].to(z.dtype), z[:, :-1]], 1), z[:, -1].clone()
     history = torch.cat([shift[:, None].to(z.dtype), z], 1)  # (B, 1 + T, D)
     size = z.shape[-1]
     previous = history.gather(1, padding.previous.expand(-1, -1, size))
