@@ -7,13 +7,18 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstring>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #ifdef _OPENMP
 #include <omp.h>
+#endif
+#ifdef __linux__
+#include <sys/mman.h>
 #endif
 
 #include "step_cpu.h"
@@ -218,6 +223,33 @@ Tensor small_linear(const Tensor& x, const Tensor& weight, const std::optional<T
   return y.to(x.scalar_type());
 }
 
+// Moves weights to huge pages, where the system has them: a token reads every page once, and with pages of 4 KB it waits
+// for their addresses. The contents stay; where it cannot be done nothing happens.
+void use_huge_pages(at::TensorList weights) {
+#ifdef __linux__
+  constexpr uintptr_t page = 2 << 20, gap = 1 << 16;
+  constexpr int collapse = 25;  // MADV_COLLAPSE, since Linux 6.1; older C libraries do not name it
+  std::vector<std::pair<uintptr_t, uintptr_t>> runs, places;
+  for (const Tensor& t : weights)
+    if (t.device().is_cpu() && t.is_contiguous()) {
+      const uintptr_t at = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+      places.emplace_back(at, at + t.nbytes());
+    }
+  std::sort(places.begin(), places.end());
+  for (const auto& place : places) {  // neighbours share pages
+    if (runs.empty() || place.first > runs.back().second + gap)
+      runs.push_back(place);
+    else
+      runs.back().second = std::max(runs.back().second, place.second);
+  }
+  for (const auto& run : runs) {
+    const uintptr_t begin = (run.first + page - 1) / page * page, end = run.second / page * page;
+    if (begin < end && madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) == 0)
+      madvise(reinterpret_cast<void*>(begin), end - begin, collapse);
+  }
+#endif
+}
+
 }  // namespace
 }  // namespace visualrwkv
 
@@ -225,10 +257,12 @@ TORCH_LIBRARY_FRAGMENT(visualrwkv, m) {
   m.def(
       "rwkv6_step(Tensor embeds, Tensor[] weights, Tensor[] scales, Tensor[] state, int heads, float norm_eps, "
       "float head_eps) -> Tensor[]");
+  m.def("use_huge_pages(Tensor[] weights) -> ()");
   m.def("small_linear(Tensor x, Tensor weight, Tensor? scale) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(visualrwkv, CPU, m) {
   m.impl("rwkv6_step", visualrwkv::rwkv6_step);
+  m.impl("use_huge_pages", visualrwkv::use_huge_pages);
   m.impl("small_linear", visualrwkv::small_linear);
 }

@@ -306,3 +306,59 @@ def test_a_prompt_read_in_pieces_equals_the_whole(scan, tmp_path):
 @needs_kernel
 def test_there_is_a_kernel():
     assert build.load(retry=True) == ""
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_goes_on_from_any_state(dtype):
+    """One that was read from text at once, selected, repeated, or put together from a file's tensors."""
+    model, tokens = language_model(dtype=dtype), torch.randint(50, (1, 3))
+    state = prefix(model, 3)
+    wanted, after = steps(model, state.select([2]), True, tokens)
+    saved = RWKVState.from_tensors(state.tensors(), state.seen)
+    for other in (saved.select([2]), state.select([2]).repeat(2).select([1])):
+        logits, its = steps(model, other, True, tokens)
+        assert torch.equal(logits, wanted) and its.seen == after.seen == state.seen + 3
+    both = steps(model, state.select([2, 0, 2]), True, tokens.expand(3, -1))[0]
+    assert error(both[2], wanted[0]) <= (1e-5 if dtype == torch.float32 else 0.03) * wanted.abs().max()
+
+
+@needs_kernel
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@torch.no_grad()
+def test_head_without_a_copy(dtype, limit):
+    head, x = nn.Linear(130, 37, bias=False).to(dtype), torch.randn(3, 1, 130).to(dtype)
+    wanted = torch.nn.functional.linear(x.double(), head.weight.double())
+    assert error(decoding.project(head, x).double(), wanted) < limit
+    biased = nn.Linear(130, 37).to(dtype)
+    assert torch.equal(decoding.project(biased, x), biased(x))
+
+
+@torch.no_grad()
+def test_linear_map_of_eight_bits_in_float64_stays_exact():
+    linear, x = Int8Linear.of(nn.Linear(70, 33, bias=False)), torch.randn(2, 70, dtype=torch.float64)
+    wanted = x @ (linear.weight.double() * linear.scale.double()[:, None]).T
+    assert error(linear(x), wanted) < 1e-12
+
+
+@needs_kernel
+def test_huge_pages_leave_the_weights_as_they_are():
+    weights = [torch.randn(1500, 1000), torch.randn(3), torch.randn(2000, 1500).bfloat16(), torch.randn(5, 7).T]
+    copies = [x.clone() for x in weights]
+    torch.ops.visualrwkv.use_huge_pages(weights)
+    torch.ops.visualrwkv.use_huge_pages([])
+    assert all(torch.equal(a, b) for a, b in zip(weights, copies, strict=True))
+
+
+def test_environment_variable_keeps_to_the_modules(random_folder):
+    script = (
+        "import sys, torch, visualrwkv; from visualrwkv import decoding, RWKVState; torch.set_grad_enabled(False); "
+        "m = visualrwkv.load(sys.argv[1]).model.rwkv; x, s = torch.ones(1, 1, 128), RWKVState.zeros(m.config, 1); "
+        "print(decoding.step(m, x, s), tuple(m(x, s)[0].shape))"
+    )
+    path = os.pathsep.join([str(Path(visualrwkv.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "VISUALRWKV_KERNEL": "0", "PYTHONPATH": path}
+    call = [sys.executable, "-c", script, str(random_folder)]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0 and done.stdout.split("\n")[0] == "None (1, 1, 128)", done.stderr

@@ -45,6 +45,9 @@ def step(model: nn.Module, embeds: Tensor, state: RWKVState) -> Tensor | None:
     plan = _plans.get(model)
     if plan is None or not plan.holds():
         plan = _plans[model] = _Plan(model)
+        weights = plan.weights()
+        if weights is not None:
+            torch.ops.visualrwkv.use_huge_pages([*weights, model.head.weight])
     weights = plan.weights()
     if weights is None:
         return None

@@ -56,14 +56,15 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) of any floating precision -> (..., out_features) of the same."""
         rows = x.numel() // self.in_features
-        if rows <= _SMALL and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and ready(x):
+        small = rows <= _SMALL and x.dtype != torch.float64 and not torch.is_grad_enabled()
+        if small and not torch.compiler.is_compiling() and ready(x, self.weight):
             y = torch.ops.visualrwkv.small_linear(x.reshape(-1, self.in_features), self.weight, self.scale)
             return y.view(*x.shape[:-1], self.out_features)
         # Many rows: the weights go back to x's precision, piece by piece, for PyTorch's matrix product.
         step = max(1, _AT_ONCE // self.in_features)
         pieces = [F.linear(x, piece.to(x.dtype)) for piece in self.weight.split(step)]
         y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
-        return y * self.scale.to(x.dtype)
+        return (y * self.scale).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bits=8"
