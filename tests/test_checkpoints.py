@@ -10,6 +10,7 @@ import pytest
 import torch
 from golden_data import PLACEHOLDER, error, golden_file, tensors
 
+import visualrwkv
 from visualrwkv.checkpoints import convert, load_checkpoint, load_language_model, read_tensors
 from visualrwkv.errors import InputError
 from visualrwkv.loading import read_folder
