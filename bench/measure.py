@@ -4,36 +4,48 @@ import statistics
 import time
 from contextlib import contextmanager
 
+import numpy
 import torch
 
 PAIR = {"vocab_size": 65536, "hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 2688}  # 0.2B
 
 
-def in_turns(peers: dict, rounds: int, warm_up: int = 1) -> dict:
+BUDGET = 20.0  # seconds after which no further round begins
+
+
+def in_turns(peers: dict, rounds: int, warm_up: int = 1, budget: float = BUDGET) -> dict:
     """Time functions in turns, so that a slow moment of the machine meets all of them.
 
     Args:
         peers: name -> function without arguments.
+        rounds: calls of each that count, fewer (at least one) where they take longer than `budget` seconds in all.
     Returns:
-        name -> {"min", "median", "max"} in milliseconds.
+        name -> {"min", "median", "max"} in milliseconds, and "rounds".
     """
     times = {name: [] for name in peers}
+    begin = time.perf_counter()
     for turn in range(warm_up + rounds):
+        if turn > warm_up and time.perf_counter() - begin > budget:
+            break
         for name, function in peers.items():
             start = time.perf_counter()
             function()
             if turn >= warm_up:
                 times[name].append(1e3 * (time.perf_counter() - start))
     return {
-        name: {"min": min(values), "median": statistics.median(values), "max": max(values)}
+        name: {
+            "min": min(values),
+            "median": statistics.median(values),
+            "max": max(values),
+            "rounds": len(values),
+        }
         for name, values in times.items()
     }
 
 
 def bandwidth_probe(bytes_read: int = 256 << 20):
-    """A function that reads so many bytes of float32 once, by torch's own sum on all threads."""
-    numbers = torch.ones(bytes_read // 4)
-    return numbers.sum
+    """A function that reads so many bytes of float32 once, by torch's own sum on all threads; from huge pages."""
+    return torch.from_numpy(numpy.ones(bytes_read // 4, numpy.float32)).sum  # numpy asks the system for huge pages
 
 
 def gemm_probe(rows: int, hidden: int, inner: int, dtype):
