@@ -61,8 +61,9 @@ def steps(model, state, kernel, tokens):
 
 
 def was_taken(model, batch=1):
+    embeds = model.emb(torch.randint(50, (batch, 1))).detach()
     with torch.no_grad():
-        return decoding.step(model, model.emb(torch.randint(50, (batch, 1))), prefix(model, batch)) is not None
+        return decoding.step(model, embeds, RWKVState.zeros(model.config, batch, dtype=embeds.dtype)) is not None
 
 
 @needs_kernel

@@ -47,7 +47,7 @@ def step(model: nn.Module, embeds: Tensor, state: RWKVState) -> Tensor | None:
         plan = _plans[model] = _Plan(model)
         weights = plan.weights()
         if weights is not None:
-            torch.ops.visualrwkv.use_huge_pages([*weights, model.head.weight])
+            torch.ops.visualrwkv.use_huge_pages([*weights, *model.head.parameters(), *model.head.buffers()])
     weights = plan.weights()
     if weights is None:
         return None
