@@ -98,10 +98,7 @@ def decode(quick: bool) -> list[dict]:
                 ours()
 
         probe = bandwidth_probe()
-        times = in_turns(
-            {"ours": ours, "probe": probe} | peers | {"modules": modules},
-            5 if quick else 9,
-        )
+        times = in_turns({"ours": ours, "probe": probe} | peers | {"modules": modules}, 5 if quick else 9)
         per_token, weights = times["ours"]["median"] / TOKENS, read_bytes(model)
         read = (256 << 20) / times["probe"]["median"] / 1e6
         result = {
