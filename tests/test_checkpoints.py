@@ -10,6 +10,7 @@ import pytest
 import torch
 from golden_data import PLACEHOLDER, error, golden_file, tensors
 
+import visualrwkv
 from visualrwkv.checkpoints import convert, load_checkpoint, load_language_model, read_tensors
 from visualrwkv.errors import InputError
 from visualrwkv.loading import read_folder
@@ -315,3 +316,11 @@ def test_conversions_that_cannot_be(tmp_path, random_folder):
 def test_towers_by_name_are_unaffected_by_the_names_of_files():
     """`quick_gelu` of official files is what open_clip's config of that name says."""
     assert tower_config("ViT-L-14-336-quickgelu").quick_gelu
+
+
+def test_int8_weights_are_refused(random_folder, tmp_path):
+    model = visualrwkv.load(random_folder, quantize="int8").model
+    torch.save(model.state_dict(), tmp_path / "int8.pth")
+    for read in (visualrwkv.load, lambda path: convert(path, tmp_path / "folder")):
+        with pytest.raises(InputError, match="holds int8 weights"):
+            read(tmp_path / "int8.pth")

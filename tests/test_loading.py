@@ -37,7 +37,7 @@ def test_load_options(random_folder):
         ("device", "cuda:99"),
         ("prompt", "below"),
         ("scan", "zigzag"),
-        ("quantize", "int8"),
+        ("quantize", "int3"),
     ):
         with pytest.raises(InputError, match=value):
             visualrwkv.load(random_folder, **{option: value})

@@ -18,7 +18,18 @@ ROOT = PACKAGE.parent
 # A module imports only from layers above its own in this list (packages may import within themselves).
 LAYERS = [
     ["errors", "state", "ops", "projector"],
-    ["cuda_graphs", "configuration", "prompt", "recipe", "runs", "scan", "tokenization", "image_processing", "scenes"],
+    [
+        "cuda_graphs",
+        "decoding",
+        "configuration",
+        "prompt",
+        "recipe",
+        "runs",
+        "scan",
+        "tokenization",
+        "image_processing",
+        "scenes",
+    ],
     ["vision", "rwkv", "processing", "streaming", "checkpoint_layout", "sampling", "saved_chat"],
     ["modeling", "session"],
     ["checkpoints", "chat", "registration"],

@@ -135,6 +135,8 @@ def read_tensors(path) -> dict[str, Tensor]:
         ) from error
     if not isinstance(tensors, dict) or not tensors or not all(isinstance(x, Tensor) for x in tensors.values()):
         raise InputError(f"{path}: holds no dictionary of tensors; pass an official VisualRWKV or RWKV checkpoint")
+    if any(tensor.dtype == torch.int8 for tensor in tensors.values()):
+        raise InputError(f"{path}: holds int8 weights; pass the checkpoint that they were made of")
     return tensors
 
 

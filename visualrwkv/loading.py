@@ -36,7 +36,8 @@ def load(
             (bfloat16 in the official ones).
         prompt: where the picture stands, "sandwich", "first" or "last"; by default what the checkpoint says.
         scan: how the layers read patches, "bi", "uni" or "multi"; by default what the checkpoint says.
-        quantize: None; int8 weights are not available yet.
+        quantize: None, or "int8": the matrices of the language model's layers become weights of eight bits with a scale
+            per row; embedding, head, tower and projector stay as they are. For inference; such a model is not saved.
 
     Returns:
         A `VisualRWKV`.
@@ -46,8 +47,8 @@ def load(
     """
     from visualrwkv.chat import VisualRWKV
 
-    if quantize is not None:
-        raise InputError(f"quantize={quantize!r} is not available yet; leave it out")
+    if quantize not in (None, "int8"):
+        raise InputError(f"quantize {quantize!r} is unknown; use 'int8' or None")
     target, number = pick_device(device), pick_dtype(dtype)
     path = find(name)
     if path.is_file():
@@ -56,7 +57,7 @@ def load(
         model, processor = checkpoints.load_checkpoint(
             path, device=target, dtype=None if number == "auto" else number, scan=scan, prompt=prompt
         )
-        return VisualRWKV(model, processor)
+        return VisualRWKV(_quantized(model, quantize), processor)
     with quiet_transformers():
         model, processor = read_folder(path, "float32" if name is None and number == "auto" else number)
     if scan is not None:
@@ -64,7 +65,7 @@ def load(
     if prompt is not None:
         _replace(model.config, "prompt", prompt)
         processor.prompt = prompt
-    return VisualRWKV(model.to(target), processor)
+    return VisualRWKV(_quantized(model.to(target), quantize), processor)
 
 
 def find(name: str | os.PathLike | None) -> Path:
@@ -209,6 +210,14 @@ def pick_dtype(dtype):
     if dtype in DTYPES:
         return getattr(torch, dtype)
     raise InputError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+
+
+def _quantized(model, quantize):
+    if quantize == "int8":
+        from visualrwkv.ops.int8 import quantize_linears
+
+        quantize_linears(model.rwkv.blocks)
+    return model
 
 
 def _replace(config, name, value):

@@ -17,9 +17,10 @@ from transformers.modeling_utils import PreTrainedModel
 
 from visualrwkv.configuration import VisualRWKVConfig
 from visualrwkv.errors import InputError
+from visualrwkv.ops.int8 import Int8Linear
 from visualrwkv.projector import build_projector
 from visualrwkv.rwkv import RWKV
-from visualrwkv.scan import image_starts, layer_orders
+from visualrwkv.scan import image_starts, layer_orders, pieces
 from visualrwkv.state import RWKVState
 from visualrwkv.vision import VisionTower, pool_grid
 
@@ -45,6 +46,7 @@ class VisualRWKVPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the loss is a mean over samples, so accumulated steps average by themselves
     _no_split_modules = ["Block"]
+    prefill_chunk = 1024  # positions read at once without gradients; 0 reads any prompt at once
     _is_stateful = True  # a recurrent state cannot be rolled back: generate refuses assisted decoding
 
     def _init_weights(self, module):
@@ -171,22 +173,14 @@ class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, GenerationMi
             raise InputError("pass either input_ids or inputs_embeds")
         if pixel_values is not None and image_features is not None:
             raise InputError("pass either pixel_values or image_features")
-        orders = None
+        starts = None
         if input_ids is not None:
             if pixel_values is not None:
                 image_features = self.get_image_features(pixel_values)
             inputs_embeds, starts = self.embed(input_ids, image_features)
-            if len(starts):
-                text = self.config.text_config
-                starts = starts + starts.new_tensor([0, self.config.patch_offset])
-                orders = layer_orders(
-                    self.config.scan, text.num_hidden_layers, starts, self.config.feature_grid, input_ids.shape
-                )
         mask = None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :].bool()
-        hidden, state = self.rwkv(inputs_embeds, cache, mask, orders)
-        if logits_to_keep:
-            hidden = hidden[:, -logits_to_keep:]
-        logits = self.rwkv.head(hidden)
+        hidden, state = self._read(inputs_embeds, cache, mask, starts, logits_to_keep)
+        logits = self.rwkv.logits(hidden)
 
         loss = sample_losses = None
         if labels is not None:
@@ -200,6 +194,36 @@ class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, GenerationMi
             use_cache = not self.training
         output = VisualRWKVOutput(loss, logits, state if use_cache else None, sample_losses)
         return output if return_dict is not False else output.to_tuple()
+
+    def _read(self, embeds, state, mask, starts, keep):
+        """Hidden states of the last `keep` positions (0: of all) and the state behind embeds (B, T, D).
+
+        Without gradients a long sequence is read in pieces, none of which ends inside an image: what a layer computes
+        on the way is then never larger than for one piece.
+        """
+        length, tokens_per_image = embeds.shape[1], self.config.num_image_tokens
+        images = [] if starts is None else starts[:, 1].tolist()
+        whole = torch.is_grad_enabled() or not self.prefill_chunk
+        hidden = None
+        for begin, end in pieces(length, length if whole else self.prefill_chunk, images, tokens_per_image):
+            orders = None
+            inside = [n for n, first in enumerate(images) if begin <= first < end]
+            if inside:
+                patches = starts[inside] + starts.new_tensor([0, self.config.patch_offset - begin])
+                layers = self.config.text_config.num_hidden_layers
+                shape = (embeds.shape[0], end - begin)
+                orders = layer_orders(self.config.scan, layers, patches, self.config.feature_grid, shape)
+            part = None if mask is None else mask[:, begin:end]
+            piece, state = self.rwkv(embeds[:, begin:end], state, part, orders)
+            hidden = piece if hidden is None else torch.cat([hidden, piece], 1)
+            hidden = hidden[:, -keep:] if keep else hidden
+        return hidden, state
+
+    def save_pretrained(self, *args, **kwargs):
+        """As in transformers; a model with int8 weights is refused, since nothing could read the folder."""
+        if any(isinstance(module, Int8Linear) for module in self.modules()):
+            raise InputError("a model loaded with quantize='int8' cannot be saved; load it without and save that")
+        return super().save_pretrained(*args, **kwargs)
 
     def prepare_inputs_for_generation(
         self, input_ids, inputs_embeds=None, image_features=None, is_first_iteration=False, **kwargs

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from visualrwkv import cuda_graphs
+from visualrwkv import cuda_graphs, decoding
 from visualrwkv.configuration import VisualRWKVTextConfig
 from visualrwkv.ops import wkv6
 from visualrwkv.scan import Order
@@ -45,7 +45,8 @@ def token_shift(z: Tensor, shift: Tensor, padding: Padding | None) -> tuple[Tens
     if padding is None:
         if z.shape[1] == 1:
             return shift[:, None].to(z.dtype), z[:, -1]
-        return torch.cat([shift[:, None].to(z.dtype), z[:, :-1]], 1), z[:, -1]
+        # A copy, since a view would keep the whole of z alive for as long as the state is kept.
+        return torch.cat([shift[:, None].to(z.dtype), z[:, :-1]], 1), z[:, -1].clone()
     history = torch.cat([shift[:, None].to(z.dtype), z], 1)  # (B, 1 + T, D)
     size = z.shape[-1]
     previous = history.gather(1, padding.previous.expand(-1, -1, size))
@@ -269,7 +270,8 @@ class RWKV(nn.Module):
             state = RWKVState.zeros(self.config, embeds.shape[0], device=embeds.device, dtype=embeds.dtype)
         padding = None if mask is None or bool(mask.all()) else Padding(mask)
         if embeds.shape[1] == 1 and padding is None and not orders:
-            hidden = cuda_graphs.step(self, embeds, state)
+            step = cuda_graphs.step if embeds.is_cuda else decoding.step
+            hidden = step(self, embeds, state)
             if hidden is not None:
                 state.seen += 1
                 return hidden, state
@@ -283,6 +285,10 @@ class RWKV(nn.Module):
                 x = x.gather(1, order.restore[..., None].expand_as(x))
         state.seen += embeds.shape[1]
         return self.ln_out(x), state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (B, T, D) of `forward` -> (B, T, V)."""
+        return decoding.project(self.head, hidden)
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -92,3 +92,28 @@ def layer_orders(scan: str, layers: int, starts: Tensor, grid: tuple[int, int], 
         restore[row, sources] = places
         orders[name] = Order(read, restore)
     return [orders[name] for name in directions]
+
+
+def pieces(length: int, longest: int, images: list[int], size: int) -> list[tuple[int, int]]:
+    """Cut positions 0 to length into (begin, end) of at most `longest` positions, never inside an image.
+
+    Args:
+        images: first positions of all images, of all rows of a batch.
+        size: positions of an image. A piece that is too short for an image is made as long as the image needs.
+    """
+
+    def cut(end):
+        return [first for first in images if first < end < first + size]
+
+    found, begin = [], 0
+    while begin < length:
+        end = min(begin + longest, length)
+        while cut(end):
+            end = min(cut(end))
+        if end <= begin:
+            end = min(begin + longest, length)
+            while cut(end):
+                end = max(cut(end)) + size
+        found.append((begin, end))
+        begin = end
+    return found

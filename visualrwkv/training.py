@@ -12,7 +12,7 @@ from visualrwkv.building import build_model
 from visualrwkv.data import Collator, JsonDataset, ScenesDataset
 from visualrwkv.errors import InputError
 from visualrwkv.loading import quiet_transformers
-from visualrwkv.ops.kernel import usable
+from visualrwkv.ops.kernel import ready
 from visualrwkv.recipe import load_recipe
 from visualrwkv.runs import count_samples, is_main_process, require_accelerate, write_versions, writing
 
@@ -54,7 +54,7 @@ def run_language(recipe):
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     if recipe.compile:
-        usable()  # loads the kernel of the operator, which nothing does while it is traced
+        ready()  # loads the kernel of the operator, which nothing does while it is traced
         for block in model.rwkv.blocks:
             block.compile(dynamic=True)  # in place: names of parameters and saved files stay as they are
     groups = parameter_groups(model.named_parameters(), part_of(recipe, model), recipe.train, recipe.weight_decay)

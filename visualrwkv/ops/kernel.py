@@ -57,7 +57,14 @@ def usable(*tensors: Tensor | None) -> bool:
     """Whether the compiled form can take these arguments; loads the library when asked for the first time."""
     if tensors[0].device.type == "cuda":
         return _usable_on_cuda(*tensors)
-    if not _wanted or any(x is not None and (x.device.type != "cpu" or x.dtype not in _DTYPES) for x in tensors):
+    if any(x is not None and x.dtype not in _DTYPES for x in tensors):
+        return False
+    return ready(*tensors)
+
+
+def ready(*tensors: Tensor | None) -> bool:
+    """Whether the tensors lie where there are kernels, and these are wanted and built; loads the library."""
+    if not _wanted or any(x is not None and x.device.type != "cpu" for x in tensors):
         return False
     if not _registered and not torch.compiler.is_compiling():
         from visualrwkv.ops import build  # here, so that `python -m` of it imports it once

@@ -1,0 +1,268 @@
+// Operators of decoding on the CPU: one token through all layers of RWKV-6, and a linear map of few rows. Both read the
+// weights where the model keeps them. visualrwkv/decoding.py calls them.
+
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "step_cpu.h"
+
+namespace visualrwkv {
+namespace {
+
+using at::Tensor;
+
+const StepKernels& chosen_step_kernels() {
+#if defined(__x86_64__)
+  // PyTorch's own choice, so that its variable ATEN_CPU_CAPABILITY holds here too.
+  static const std::string capability = at::get_cpu_capability();
+  if (capability.rfind("AVX512", 0) == 0) return avx512::step_kernels();
+  if (capability.rfind("AVX2", 0) == 0) return avx2::step_kernels();
+#endif
+  return plain::step_kernels();
+}
+
+// Takes the tensors of a list in turn and notes whether each is what is wanted.
+class Reader {
+ public:
+  Reader(at::TensorList tensors, at::TensorList scales, at::ScalarType type)
+      : tensors_(tensors), scales_(scales), type_(type) {}
+
+  const Tensor* next() {
+    if (at_ == tensors_.size()) good = false;
+    return good ? &tensors_[at_++] : nullptr;
+  }
+
+  const void* vector(int64_t numel) { return pointer(next(), numel, type_); }
+
+  Norm norm(int64_t size) {
+    Norm n;
+    n.weight = vector(size);
+    n.bias = vector(size);
+    return n;
+  }
+
+  Matrix matrix(int64_t rows, int64_t columns) {
+    const Tensor* t = next();
+    Matrix m;
+    m.rows = rows;
+    m.columns = columns;
+    const bool quantised = good && t->scalar_type() == at::kChar;
+    m.format = quantised ? Format::int8 : type_ == at::kFloat ? Format::f32 : Format::bf16;
+    m.data = pointer(t, rows * columns, quantised ? at::kChar : type_);
+    good = good && t->dim() == 2 && t->size(0) == rows;
+    if (quantised) {
+      good = good && scale_ < scales_.size();
+      if (good) m.scale = static_cast<const float*>(pointer(&scales_[scale_++], rows, at::kFloat));
+    }
+    return m;
+  }
+
+  const void* pointer(const Tensor* t, int64_t numel, at::ScalarType type) {
+    good = good && t->device().is_cpu() && t->layout() == at::kStrided && t->scalar_type() == type &&
+           t->numel() == numel && t->is_contiguous();
+    return good ? t->data_ptr() : nullptr;
+  }
+
+  bool finished() const { return good && at_ == tensors_.size() && scale_ == scales_.size(); }
+
+  bool good = true;
+
+ private:
+  at::TensorList tensors_, scales_;
+  at::ScalarType type_;
+  size_t at_ = 0, scale_ = 0;
+};
+
+LayerWeights read_layer(Reader& in, const Step& s) {
+  const int64_t d = s.hidden, a = s.attention;
+  LayerWeights p;
+  p.ln1 = in.norm(d);
+  p.ln2 = in.norm(d);
+  for (const void*& ratio : p.maa) ratio = in.vector(d);
+  p.maa_w1 = in.vector(d * 5 * s.mix_rank);
+  p.maa_w2 = in.vector(5 * s.mix_rank * d);
+  p.decay = in.vector(a);
+  p.decay_w1 = in.vector(d * s.decay_rank);
+  p.decay_w2 = in.vector(s.decay_rank * a);
+  p.bonus = in.vector(a);
+  for (Matrix* m : {&p.receptance, &p.key, &p.value, &p.gate}) *m = in.matrix(a, d);
+  p.output = in.matrix(d, a);
+  p.ln_x = in.norm(a);
+  p.ffn_maa_k = in.vector(d);
+  p.ffn_maa_r = in.vector(d);
+  p.ffn_key = in.matrix(s.inner, d);
+  p.ffn_receptance = in.matrix(d, d);
+  p.ffn_value = in.matrix(d, s.inner);
+  return p;
+}
+
+constexpr size_t weights_per_layer = 28, weights_outside = 4;
+constexpr size_t maa_w1_place = 10, decay_w1_place = 13, ffn_key_place = 25;
+
+// embeds (B, D) before ln0; weights: ln0, ln_out, then per layer those of `read_layer`, in its order, in the type of
+// embeds or int8; scales: (rows) float32 of each int8 matrix; state: att_shift (B, D), wkv (B, H, N, N) float32 and
+// ffn_shift (B, D) of each layer. Returns hidden (B, D) after ln_out, wkv (L, B, H, N, N) and the shifts (L, 2, B, D)
+// behind the token; nothing where the arguments are not of that kind.
+std::vector<Tensor> rwkv6_step(
+    const Tensor& embeds, at::TensorList weights, at::TensorList scales, at::TensorList state, int64_t heads,
+    double norm_eps, double head_eps) {
+  const auto type = embeds.scalar_type();
+  if (!embeds.device().is_cpu() || (type != at::kFloat && type != at::kBFloat16) || embeds.dim() != 2 ||
+      embeds.numel() == 0 || !embeds.is_contiguous() || weights.size() < weights_outside + weights_per_layer ||
+      (weights.size() - weights_outside) % weights_per_layer || heads < 1)
+    return {};
+  Step s{};
+  s.batch = embeds.size(0);
+  s.hidden = embeds.size(1);
+  s.heads = heads;
+  s.layers = (weights.size() - weights_outside) / weights_per_layer;
+  const Tensor* first = &weights[weights_outside];
+  s.mix_rank = first[maa_w1_place].size(-1) / 5;
+  s.decay_rank = first[decay_w1_place].size(-1);
+  s.attention = first[decay_w1_place + 2].numel();  // of the bonus
+  s.inner = first[ffn_key_place].size(0);
+  s.norm_eps = norm_eps;
+  s.head_eps = head_eps;
+  if (s.attention == 0 || s.attention % heads || state.size() != size_t(3 * s.layers)) return {};
+
+  Reader in(weights, scales, type);
+  s.ln0 = in.norm(s.hidden);
+  s.ln_out = in.norm(s.hidden);
+  std::vector<LayerWeights> layers;
+  for (int64_t n = 0; n < s.layers; n++) layers.push_back(read_layer(in, s));
+  if (!in.finished()) return {};
+
+  const int64_t size = s.attention / heads, shifts = s.batch * s.hidden, area = s.batch * s.attention * size;
+  const Tensor hidden = at::empty({s.batch, s.hidden}, embeds.options());
+  const Tensor wkv = at::empty({s.layers, s.batch, heads, size, size}, embeds.options().dtype(at::kFloat));
+  const Tensor shift = at::empty({s.layers, 2, s.batch, s.hidden}, embeds.options());
+  Reader old(state, {}, type);
+  std::vector<LayerMemory> memory(s.layers);
+  char* new_shift = static_cast<char*>(shift.data_ptr());
+  for (int64_t n = 0; n < s.layers; n++) {
+    LayerMemory& m = memory[n];
+    m.att_shift = old.vector(shifts);
+    m.wkv = static_cast<const float*>(old.pointer(old.next(), area, at::kFloat));
+    m.ffn_shift = old.vector(shifts);
+    m.new_att_shift = new_shift + 2 * n * shifts * shift.element_size();
+    m.new_ffn_shift = new_shift + (2 * n + 1) * shifts * shift.element_size();
+    m.new_wkv = wkv.mutable_data_ptr<float>() + n * area;
+  }
+  if (!old.finished()) return {};
+
+  s.embeds = embeds.data_ptr();
+  s.out = hidden.data_ptr();
+  s.weights = layers.data();
+  s.memory = memory.data();
+  int threads = 1;
+#ifdef _OPENMP
+  if (!omp_in_parallel()) threads = at::get_num_threads();
+#endif
+  const Tensor scratch = at::empty({step_scratch(s, threads) + 16}, embeds.options().dtype(at::kFloat));
+  s.scratch = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(scratch.data_ptr()) + 63) / 64 * 64);
+  const StepKernels& kernels = chosen_step_kernels();
+  const auto run = type == at::kFloat ? kernels.step_f32 : kernels.step_bf16;
+  Barrier barrier;
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    run(s, barrier, omp_get_thread_num(), omp_get_num_threads());
+    return {hidden, wkv, shift};
+  }
+#endif
+  run(s, barrier, 0, 1);
+  return {hidden, wkv, shift};
+}
+
+// x (B, columns) times the transpose of weight (rows, columns), of x's type or int8 with a scale (rows) float32.
+Tensor small_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale) {
+  TORCH_CHECK_VALUE(
+      x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1), "x has shape ", x.sizes(),
+      " but weight has shape ", weight.sizes());
+  TORCH_CHECK_VALUE(weight.is_contiguous(), "weight must be contiguous");
+  TORCH_CHECK_VALUE(
+      scale ? weight.scalar_type() == at::kChar : weight.scalar_type() == at::kFloat || weight.scalar_type() == at::kBFloat16,
+      "weight has dtype ", weight.scalar_type(), "; use float32, bfloat16, or int8 with a scale");
+  Matrix w;
+  w.rows = weight.size(0);
+  w.columns = weight.size(1);
+  w.data = weight.data_ptr();
+  if (scale) {
+    TORCH_CHECK_VALUE(
+        scale->scalar_type() == at::kFloat && scale->is_contiguous() && scale->numel() == w.rows,
+        "scale must be float32 with one number for each row of weight");
+    w.scale = scale->data_ptr<float>();
+    w.format = Format::int8;
+  } else {
+    w.format = weight.scalar_type() == at::kFloat ? Format::f32 : Format::bf16;
+  }
+  const Tensor in = x.to(at::kFloat).contiguous();
+  const Tensor y = at::empty({x.size(0), w.rows}, in.options());
+  const auto product = chosen_step_kernels().product;
+  const int64_t grain = std::max<int64_t>(16, (1 << 15) / std::max<int64_t>(1, w.columns));
+  at::parallel_for(0, w.rows, grain, [&](int64_t begin, int64_t end) {
+    product(w, in.data_ptr<float>(), x.size(0), y.data_ptr<float>(), w.rows, begin, end);
+  });
+  return y.to(x.scalar_type());
+}
+
+// Moves weights to huge pages, where the system has them: a token reads every page once, and with pages of 4 KB it waits
+// for their addresses. The contents stay; where it cannot be done nothing happens.
+void use_huge_pages(at::TensorList weights) {
+#ifdef __linux__
+  constexpr uintptr_t page = 2 << 20, gap = 1 << 16;
+  constexpr int collapse = 25;  // MADV_COLLAPSE, since Linux 6.1; older C libraries do not name it
+  std::vector<std::pair<uintptr_t, uintptr_t>> runs, places;
+  for (const Tensor& t : weights)
+    if (t.device().is_cpu() && t.is_contiguous()) {
+      const uintptr_t at = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+      places.emplace_back(at, at + t.nbytes());
+    }
+  std::sort(places.begin(), places.end());
+  for (const auto& place : places) {  // neighbours share pages
+    if (runs.empty() || place.first > runs.back().second + gap)
+      runs.push_back(place);
+    else
+      runs.back().second = std::max(runs.back().second, place.second);
+  }
+  for (const auto& run : runs) {
+    const uintptr_t begin = (run.first + page - 1) / page * page, end = run.second / page * page;
+    if (begin < end && madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) == 0)
+      madvise(reinterpret_cast<void*>(begin), end - begin, collapse);
+  }
+#endif
+}
+
+}  // namespace
+}  // namespace visualrwkv
+
+TORCH_LIBRARY_FRAGMENT(visualrwkv, m) {
+  m.def(
+      "rwkv6_step(Tensor embeds, Tensor[] weights, Tensor[] scales, Tensor[] state, int heads, float norm_eps, "
+      "float head_eps) -> Tensor[]");
+  m.def("use_huge_pages(Tensor[] weights) -> ()");
+  m.def("small_linear(Tensor x, Tensor weight, Tensor? scale) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(visualrwkv, CPU, m) {
+  m.impl("rwkv6_step", visualrwkv::rwkv6_step);
+  m.impl("use_huge_pages", visualrwkv::use_huge_pages);
+  m.impl("small_linear", visualrwkv::small_linear);
+}

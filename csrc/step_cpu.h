@@ -1,0 +1,111 @@
+// What the operators of decoding (step.cpp) and their CPU kernels (step_cpu.cpp) share; free of PyTorch headers.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <thread>
+
+#include "wkv6_cpu.h"
+
+namespace visualrwkv {
+
+enum class Format { f32, bf16, int8 };
+
+// Weights (rows, columns) of a linear map, dense; of format int8 each row has a scale.
+struct Matrix {
+  const void* data = nullptr;
+  const float* scale = nullptr;
+  Format format = Format::f32;
+  int64_t rows = 0, columns = 0;
+};
+
+// Every pointer of these has the element type of the step, float or bfloat16, unless it says otherwise.
+struct Norm {
+  const void *weight, *bias;
+};
+
+struct LayerWeights {
+  Norm ln1, ln2, ln_x;
+  const void* maa[6];  // (D): x, w, k, v, r, g
+  const void* maa_w1;  // (D, 5 R)
+  const void* maa_w2;  // (5, R, D)
+  const void *decay, *decay_w1, *decay_w2;  // (A), (D, C), (C, A)
+  const void* bonus;                        // (H, N)
+  Matrix receptance, key, value, gate, output;
+  const void *ffn_maa_k, *ffn_maa_r;  // (D)
+  Matrix ffn_key, ffn_receptance, ffn_value;
+};
+
+// Where a layer's state is read and written; the two never overlap.
+struct LayerMemory {
+  const void *att_shift, *ffn_shift;  // (B, D)
+  const float* wkv;                   // (B, H, N, N)
+  void *new_att_shift, *new_ffn_shift;
+  float* new_wkv;
+};
+
+struct Step {
+  int64_t batch, hidden, attention, inner, heads, mix_rank, decay_rank, layers;
+  float norm_eps, head_eps;
+  const void* embeds;  // (B, D), before ln0
+  void* out;           // (B, D), after ln_out
+  Norm ln0, ln_out;
+  const LayerWeights* weights;
+  const LayerMemory* memory;
+  float* scratch;  // of `step_scratch` floats, 64-byte aligned
+};
+
+// Multiples of 16 floats keep the arrays of the scratch apart by whole cache lines.
+inline int64_t padded16(int64_t n) { return (n + 15) / 16 * 16; }
+
+inline int64_t step_scratch(const Step& s, int64_t threads) {
+  const int64_t d = padded16(s.hidden), a = padded16(s.attention), own = 4 * d;
+  const int64_t low = padded16(5 * s.mix_rank) + padded16(s.decay_rank);
+  return s.batch * (7 * d + 6 * a + padded16(s.inner) + threads * (own + 2 * low));
+}
+
+// Threads that wait for each other by looking: the phases of a step last microseconds.
+class Barrier {
+ public:
+  void wait(int threads) {
+    if (threads == 1) return;
+    const int round = round_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
+      arrived_.store(0, std::memory_order_relaxed);
+      round_.store(round + 1, std::memory_order_release);
+      return;
+    }
+    for (int looks = 0; round_.load(std::memory_order_acquire) == round; looks++) {
+      if (looks > 20000) std::this_thread::yield();  // somebody else has this thread's partner's core
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    }
+  }
+
+ private:
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<int> round_{0};
+};
+
+// The kernels of one instruction set. `step` is called by all threads of a team at once, `product` for some rows:
+// y (B, y_stride) [rows begin to end) = x (B, columns) w^T.
+struct StepKernels {
+  void (*step_f32)(const Step&, Barrier&, int thread, int threads);
+  void (*step_bf16)(const Step&, Barrier&, int thread, int threads);
+  void (*product)(const Matrix&, const float* x, int64_t batch, float* y, int64_t y_stride, int64_t begin, int64_t end);
+};
+
+namespace plain {
+const StepKernels& step_kernels();
+}
+#if defined(__x86_64__)
+namespace avx2 {
+const StepKernels& step_kernels();
+}
+namespace avx512 {
+const StepKernels& step_kernels();
+}
+#endif
+
+}  // namespace visualrwkv

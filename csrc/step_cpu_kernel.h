@@ -1,0 +1,477 @@
+// One token through all layers of RWKV-6, for one instruction set. Each of step_cpu*.cpp includes this file once, after
+// defining VISUALRWKV_SET (the namespace) and VISUALRWKV_BYTES (the width of a vector).
+//
+// A token costs one read of the weights; everything here serves that. The matrices are read where the model keeps them,
+// each thread walking over one run of rows. Activations are float32 throughout. A layer has seven phases between which
+// the threads of the team wait for each other; what is cheap (norms, tanh of the low-rank maps) every thread computes
+// for itself rather than wait for it.
+//
+// What is computed is written down in visualrwkv/rwkv.py.
+
+#pragma once
+
+#include "wkv6_cpu_vectors.h"
+
+namespace visualrwkv {
+namespace VISUALRWKV_SET {
+namespace {
+
+constexpr int W = Vectors<float>::lanes;
+typedef Vec<float> V;
+
+VISUALRWKV_INLINE V load_as_float(const float* p) { return load(p); }
+
+VISUALRWKV_INLINE V load_as_float(const uint16_t* p) {  // bfloat16
+#if VISUALRWKV_BYTES == 64
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16);
+#elif VISUALRWKV_BYTES == 32
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (V)_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16);
+#else
+  typedef uint16_t Half __attribute__((vector_size(2 * W)));
+  typedef uint32_t Whole __attribute__((vector_size(4 * W)));
+  Half x;
+  std::memcpy(&x, p, sizeof(x));
+  return (V)(__builtin_convertvector(x, Whole) << 16);
+#endif
+}
+
+VISUALRWKV_INLINE V load_as_float(const int8_t* p) {
+#if VISUALRWKV_BYTES == 64
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x));
+#elif VISUALRWKV_BYTES == 32
+  const __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return (V)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x));
+#else
+  typedef int8_t Byte __attribute__((vector_size(W)));
+  typedef int32_t Whole __attribute__((vector_size(4 * W)));
+  Byte x;
+  std::memcpy(&x, p, sizeof(x));
+  return __builtin_convertvector(__builtin_convertvector(x, Whole), V);
+#endif
+}
+
+VISUALRWKV_INLINE float as_float(float x) { return x; }
+VISUALRWKV_INLINE float as_float(uint16_t x) { return from_bf16(x); }
+VISUALRWKV_INLINE float as_float(int8_t x) { return x; }
+VISUALRWKV_INLINE void put(float* p, float x) { *p = x; }
+VISUALRWKV_INLINE void put(uint16_t* p, float x) { *p = to_bf16(x); }
+
+VISUALRWKV_INLINE V broadcast(float x) { return V{} + x; }
+
+// Runs body(n, lanes) over [begin, end), with whole vectors as far as they go. `Lanes` is V, then float.
+template <typename Body>
+VISUALRWKV_INLINE void each(int64_t begin, int64_t end, Body body) {
+  int64_t n = begin;
+  for (; n + W <= end; n += W) body(n, V{});
+  for (; n < end; n++) body(n, 0.0f);
+}
+
+template <typename E>
+VISUALRWKV_INLINE V get(const E* p, V) { return load_as_float(p); }
+template <typename E>
+VISUALRWKV_INLINE float get(const E* p, float) { return as_float(*p); }
+VISUALRWKV_INLINE void set(float* p, V x) { store(p, x); }
+VISUALRWKV_INLINE void set(float* p, float x) { *p = x; }
+
+VISUALRWKV_INLINE void accumulate(V& sums, float&, V x) { sums += x; }
+VISUALRWKV_INLINE void accumulate(V&, float& rest, float x) { rest += x; }
+
+VISUALRWKV_INLINE float first(V x) { return x[0]; }
+VISUALRWKV_INLINE V exponential_of(V x) { return exponential(x); }
+VISUALRWKV_INLINE float exponential_of(float x) { return first(exponential(broadcast(x))); }
+
+template <typename X>
+VISUALRWKV_INLINE X logistic(X x) { return 1.0f / (1.0f + exponential_of(-x)); }
+template <typename X>
+VISUALRWKV_INLINE X tangent(X x) { return 1.0f - 2.0f / (1.0f + exponential_of(2.0f * x)); }
+
+// The part of n that falls to a thread, in whole units.
+struct Range {
+  int64_t begin, end;
+  Range(int64_t n, int thread, int threads, int64_t unit) {
+    const int64_t units = (n + unit - 1) / unit;
+    begin = units * thread / threads * unit;
+    end = units * (thread + 1) / threads * unit;
+    if (begin > n) begin = n;
+    if (end > n) end = n;
+  }
+};
+
+// ---- Products with a matrix
+
+constexpr int group = 4;                             // rows whose sums are added up together
+constexpr int tile = VISUALRWKV_BYTES == 64 ? 4 : 2;  // rows of a tile for several sequences, so that it fits the registers
+constexpr int64_t ahead = 4096;                      // bytes: no hardware prefetcher looks beyond a page
+
+// Sums of the products of a row with one vector, in one linear stream over the rows.
+template <typename E>
+VISUALRWKV_INLINE V dot(const E* __restrict__ w, const float* __restrict__ x, int64_t columns, float& tail) {
+  V a = {}, b = {}, c = {}, d = {};
+  int64_t n = 0;
+  for (; n + 4 * W <= columns; n += 4 * W) {
+    const char* next = reinterpret_cast<const char*>(w + n) + ahead;
+    for (size_t line = 0; line < 4 * W * sizeof(E); line += 64) __builtin_prefetch(next + line);
+    a += load_as_float(w + n) * load(x + n);
+    b += load_as_float(w + n + W) * load(x + n + W);
+    c += load_as_float(w + n + 2 * W) * load(x + n + 2 * W);
+    d += load_as_float(w + n + 3 * W) * load(x + n + 3 * W);
+  }
+  for (; n + W <= columns; n += W) a += load_as_float(w + n) * load(x + n);
+  tail = 0;
+  for (; n < columns; n++) tail += as_float(w[n]) * x[n];
+  return (a + b) + (c + d);
+}
+
+template <typename E>
+void product_one(
+    const E* w, const float* scale, int64_t columns, const float* x, float* y, int64_t begin, int64_t end) {
+  int64_t row = begin;
+  for (; row + group <= end; row += group) {
+    V sums[group];
+    float out[group];
+    for (int i = 0; i < group; i++) sums[i] = dot(w + (row + i) * columns, x, columns, out[i]);
+    add_sums(out, sums);
+    for (int i = 0; i < group; i++) y[row + i] = scale ? out[i] * scale[row + i] : out[i];
+  }
+  for (; row < end; row++) {
+    float tail;
+    const V sums = dot(w + row * columns, x, columns, tail);
+    y[row] = (sum<float>(sums) + tail) * (scale ? scale[row] : 1.0f);
+  }
+}
+
+// R rows times M sequences.
+template <typename E, int R, int M>
+VISUALRWKV_INLINE void product_tile(
+    const E* __restrict__ w, const float* scale, int64_t columns, const float* __restrict__ x, int64_t x_stride,
+    float* y, int64_t y_stride) {
+  V s[R][M] = {};
+  float tail[R][M] = {};
+  int64_t n = 0;
+  for (; n + W <= columns; n += W) {
+    V k[R];
+    for (int i = 0; i < R; i++) k[i] = load_as_float(w + i * columns + n);
+    for (int m = 0; m < M; m++) {
+      const V z = load(x + m * x_stride + n);
+      for (int i = 0; i < R; i++) s[i][m] += k[i] * z;
+    }
+  }
+  for (; n < columns; n++)
+    for (int i = 0; i < R; i++)
+      for (int m = 0; m < M; m++) tail[i][m] += as_float(w[i * columns + n]) * x[m * x_stride + n];
+  for (int i = 0; i < R; i++)
+    for (int m = 0; m < M; m++)
+      y[m * y_stride + i] = (sum<float>(s[i][m]) + tail[i][m]) * (scale ? scale[i] : 1.0f);
+}
+
+template <typename E, int R>
+void product_rows(
+    const E* w, const float* scale, int64_t columns, const float* x, int64_t x_stride, int64_t batch, float* y,
+    int64_t y_stride) {
+  int64_t m = 0;
+  for (; m + 4 <= batch; m += 4)
+    product_tile<E, R, 4>(w, scale, columns, x + m * x_stride, x_stride, y + m * y_stride, y_stride);
+  const float* rest = x + m * x_stride;
+  if (batch - m == 3) product_tile<E, R, 3>(w, scale, columns, rest, x_stride, y + m * y_stride, y_stride);
+  if (batch - m == 2) product_tile<E, R, 2>(w, scale, columns, rest, x_stride, y + m * y_stride, y_stride);
+  if (batch - m == 1) product_tile<E, R, 1>(w, scale, columns, rest, x_stride, y + m * y_stride, y_stride);
+}
+
+template <typename E>
+void product_of(
+    const E* w, const float* scale, int64_t columns, const float* x, int64_t x_stride, int64_t batch, float* y,
+    int64_t y_stride, int64_t begin, int64_t end) {
+  if (batch == 1) return product_one(w, scale, columns, x, y, begin, end);
+  int64_t row = begin;
+  for (; row + tile <= end; row += tile) {
+    const char* next = reinterpret_cast<const char*>(w + (row + tile) * columns);
+    for (size_t line = 0; line < tile * columns * sizeof(E); line += 64) __builtin_prefetch(next + line);
+    product_rows<E, tile>(
+        w + row * columns, scale ? scale + row : scale, columns, x, x_stride, batch, y + row, y_stride);
+  }
+  for (; row < end; row++)
+    product_rows<E, 1>(w + row * columns, scale ? scale + row : scale, columns, x, x_stride, batch, y + row, y_stride);
+}
+
+// y (B, y_stride) [begin, end) = x (B, x_stride) w^T, for rows [begin, end) of w.
+void product(
+    const Matrix& w, const float* x, int64_t x_stride, int64_t batch, float* y, int64_t y_stride, int64_t begin,
+    int64_t end) {
+  if (w.format == Format::f32)
+    product_of(
+        static_cast<const float*>(w.data), nullptr, w.columns, x, x_stride, batch, y, y_stride, begin, end);
+  else if (w.format == Format::bf16)
+    product_of(
+        static_cast<const uint16_t*>(w.data), nullptr, w.columns, x, x_stride, batch, y, y_stride, begin, end);
+  else
+    product_of(static_cast<const int8_t*>(w.data), w.scale, w.columns, x, x_stride, batch, y, y_stride, begin, end);
+}
+
+// out[begin, end) += sum over rows i < count of x[i] * w[i], the rows `stride` apart.
+template <typename E>
+void add_rows(
+    float* __restrict__ out, const E* __restrict__ w, int64_t stride, const float* x, int64_t count, int64_t begin,
+    int64_t end) {
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) {
+    const E* row = w + i * stride;
+    each(begin, end, [&](int64_t n, auto lanes) {
+      set(out + n, get(out + n, lanes) + (get(row + n, lanes) * x[i] + get(row + stride + n, lanes) * x[i + 1]) +
+                       (get(row + 2 * stride + n, lanes) * x[i + 2] + get(row + 3 * stride + n, lanes) * x[i + 3]));
+    });
+  }
+  for (; i < count; i++)
+    each(begin, end, [&](int64_t n, auto lanes) {
+      set(out + n, get(out + n, lanes) + get(w + i * stride + n, lanes) * x[i]);
+    });
+}
+
+// ---- The parts of a layer
+
+template <typename E>
+void normalise(float* out, const float* x, const Norm& norm, int64_t size, float eps) {
+  V sums = {};
+  float mean = 0, square = 0;
+  each(0, size, [&](int64_t n, auto lanes) {
+    accumulate(sums, mean, get(x + n, lanes));
+  });
+  mean = (mean + sum<float>(sums)) / size;
+  sums = V{};
+  each(0, size, [&](int64_t n, auto lanes) {
+    const auto c = get(x + n, lanes) - mean;
+    accumulate(sums, square, c * c);
+  });
+  const float rate = 1.0f / std::sqrt((square + sum<float>(sums)) / size + eps);
+  const E *weight = static_cast<const E*>(norm.weight), *bias = static_cast<const E*>(norm.bias);
+  each(0, size, [&](int64_t n, auto lanes) {
+    set(out + n, (get(x + n, lanes) - mean) * rate * get(weight + n, lanes) + get(bias + n, lanes));
+  });
+}
+
+// z and `back`, the way from it to the input before; the thread's part of z becomes the new shift.
+template <typename E>
+void shift(
+    float* z, float* back, const void* old_shift, void* new_shift, int64_t size, const Range& part) {
+  const E* before = static_cast<const E*>(old_shift);
+  each(0, size, [&](int64_t n, auto lanes) { set(back + n, get(before + n, lanes) - get(z + n, lanes)); });
+  E* after = static_cast<E*>(new_shift);
+  for (int64_t n = part.begin; n < part.end; n++) put(after + n, z[n]);
+}
+
+// Columns [j, j + C lanes) of one head: y = r S + bonus v, S' = d S + k v^T.
+template <int C>
+VISUALRWKV_INLINE void wkv_columns(
+    float* y, const float* s, float* next, const float* r, const float* k, const float* v, const float* d, float bonus,
+    int64_t size) {
+  V out[C], value[C];
+  for (int c = 0; c < C; c++) {
+    value[c] = load(v + c * W);
+    out[c] = value[c] * bonus;
+  }
+  for (int64_t i = 0; i < size; i++, s += size, next += size)
+    for (int c = 0; c < C; c++) {
+      const V old = load(s + c * W);
+      out[c] += old * r[i];
+      store(next + c * W, old * d[i] + value[c] * k[i]);
+    }
+  for (int c = 0; c < C; c++) store(y + c * W, out[c]);
+}
+
+void wkv_head(
+    float* y, const float* s, float* next, const float* r, const float* k, const float* v, const float* d, float bonus,
+    int64_t size) {
+  int64_t j = 0;
+  for (; j + 4 * W <= size; j += 4 * W) wkv_columns<4>(y + j, s + j, next + j, r, k, v + j, d, bonus, size);
+  for (; j + W <= size; j += W) wkv_columns<1>(y + j, s + j, next + j, r, k, v + j, d, bonus, size);
+  for (; j < size; j++) {
+    float out = bonus * v[j];
+    for (int64_t i = 0; i < size; i++) {
+      out += s[i * size + j] * r[i];
+      next[i * size + j] = s[i * size + j] * d[i] + k[i] * v[j];
+    }
+    y[j] = out;
+  }
+}
+
+// Sum of the threads' shares of a low-rank map (`count` arrays, `stride` apart), then tanh.
+void finish_low(float* out, const float* shares, int64_t stride, int count, int64_t size) {
+  each(0, size, [&](int64_t n, auto lanes) {
+    auto total = get(shares + n, lanes);
+    for (int t = 1; t < count; t++) total += get(shares + t * stride + n, lanes);
+    set(out + n, tangent(total));
+  });
+}
+
+template <typename E>
+const E* of(const void* p) {
+  return static_cast<const E*>(p);
+}
+
+template <typename E>
+void step(const Step& s, Barrier& barrier, int thread, int threads) {
+  const int64_t B = s.batch, D = s.hidden, A = s.attention, F = s.inner, H = s.heads, N = A / H;
+  const int64_t R = s.mix_rank, C = s.decay_rank, d = padded16(D), a = padded16(A), f = padded16(F);
+  const int64_t l = padded16(5 * R), c = padded16(C);
+  float* next = s.scratch;
+  const auto take = [&](int64_t count) {
+    float* p = next;
+    next += B * count;
+    return p;
+  };
+  // Shared by the team: the residual stream, the mixed inputs, the outputs of the maps.
+  float *const x = take(d), *const mixed = take(5 * d), *const gate_ffn = take(d);
+  float *const r = take(a), *const k = take(a), *const v = take(a), *const g = take(a), *const w = take(a);
+  float *const y = take(a), *const inner = take(f);
+  float *const shares = take(threads * l), *const decay_shares = take(threads * c);
+  // Of this thread alone.
+  next += thread * B * (4 * d + l + c);
+  float *const z = take(d), *const back = take(d), *const xk = take(d), *const xr = take(d);
+  float *const low = take(l), *const decay_low = take(c);
+  const Range mine(D, thread, threads, 16), inputs(D, thread, threads, 16), my_heads(H, thread, threads, 1);
+  const Range rows_a(A, thread, threads, 16), rows_f(F, thread, threads, 16);
+
+  for (int64_t b = 0; b < B; b++) {
+    const E* embeds = of<E>(s.embeds) + b * D;
+    each(0, D, [&](int64_t n, auto lanes) { set(back + n, get(embeds + n, lanes)); });
+    normalise<E>(z, back, s.ln0, D, s.norm_eps);
+    std::memcpy(x + b * d + mine.begin, z + mine.begin, sizeof(float) * (mine.end - mine.begin));
+  }
+  barrier.wait(threads);
+
+  for (int64_t layer = 0; layer < s.layers; layer++) {
+    const LayerWeights& p = s.weights[layer];
+    const LayerMemory& m = s.memory[layer];
+
+    // Time-mix: this thread's share of the low-rank map of the token shift.
+    for (int64_t b = 0; b < B; b++) {
+      float *zb = z + b * d, *bb = back + b * d, *share = shares + (thread * B + b) * l;
+      normalise<E>(zb, x + b * d, p.ln1, D, s.norm_eps);
+      shift<E>(zb, bb, of<E>(m.att_shift) + b * D, static_cast<E*>(m.new_att_shift) + b * D, D, mine);
+      each(inputs.begin, inputs.end, [&](int64_t n, auto lanes) {
+        set(xk + n, get(zb + n, lanes) + get(bb + n, lanes) * get(of<E>(p.maa[0]) + n, lanes));
+      });
+      std::memset(share, 0, sizeof(float) * 5 * R);
+      add_rows(
+          share, of<E>(p.maa_w1) + inputs.begin * 5 * R, 5 * R, xk + inputs.begin, inputs.end - inputs.begin, 0, 5 * R);
+    }
+    barrier.wait(threads);
+
+    // The five mixed inputs, this thread's channels.
+    for (int64_t b = 0; b < B; b++) {
+      finish_low(low, shares + b * l, B * l, threads, 5 * R);
+      for (int64_t i = 0; i < 5; i++) {
+        float* out = mixed + (i * B + b) * d;
+        const E* ratio = of<E>(p.maa[1 + i]);
+        each(mine.begin, mine.end, [&](int64_t n, auto lanes) { set(out + n, get(ratio + n, lanes)); });
+        add_rows(out, of<E>(p.maa_w2) + i * R * D, D, low + i * R, R, mine.begin, mine.end);
+        each(mine.begin, mine.end, [&](int64_t n, auto lanes) {
+          set(out + n, get(z + b * d + n, lanes) + get(back + b * d + n, lanes) * get(out + n, lanes));
+        });
+      }
+    }
+    barrier.wait(threads);
+
+    // Receptance, key, value, gate; this thread's share of the low-rank map of the decay.
+    const float *const mixed_w = mixed, *const mixed_k = mixed + B * d, *const mixed_v = mixed + 2 * B * d;
+    const float *const mixed_r = mixed + 3 * B * d, *const mixed_g = mixed + 4 * B * d;
+    for (int64_t b = 0; b < B; b++) {
+      float* share = decay_shares + (thread * B + b) * c;
+      std::memset(share, 0, sizeof(float) * C);
+      add_rows(
+          share, of<E>(p.decay_w1) + inputs.begin * C, C, mixed_w + b * d + inputs.begin, inputs.end - inputs.begin, 0,
+          C);
+    }
+    product(p.receptance, mixed_r, d, B, r, a, rows_a.begin, rows_a.end);
+    product(p.key, mixed_k, d, B, k, a, rows_a.begin, rows_a.end);
+    product(p.value, mixed_v, d, B, v, a, rows_a.begin, rows_a.end);
+    product(p.gate, mixed_g, d, B, g, a, rows_a.begin, rows_a.end);
+    barrier.wait(threads);
+
+    // The recurrence, the norm and the gate, this thread's heads.
+    const int64_t from = my_heads.begin * N, to = my_heads.end * N;
+    for (int64_t b = 0; b < B && from < to; b++) {
+      finish_low(decay_low, decay_shares + b * c, B * c, threads, C);
+      float *wb = w + b * a, *yb = y + b * a;
+      each(from, to, [&](int64_t n, auto lanes) { set(wb + n, get(of<E>(p.decay) + n, lanes)); });
+      add_rows(wb, of<E>(p.decay_w2), A, decay_low, C, from, to);
+      each(from, to, [&](int64_t n, auto lanes) {
+        set(wb + n, exponential_of(-exponential_of(get(wb + n, lanes))));
+      });
+      for (int64_t h = my_heads.begin; h < my_heads.end; h++) {
+        const int64_t at = b * a + h * N, state = (b * H + h) * N * N;
+        float bonus = 0;
+        for (int64_t n = 0; n < N; n++) bonus += r[at + n] * k[at + n] * as_float(of<E>(p.bonus)[h * N + n]);
+        wkv_head(y + at, m.wkv + state, m.new_wkv + state, r + at, k + at, v + at, w + at, bonus, N);
+        const Norm norm = {of<E>(p.ln_x.weight) + h * N, of<E>(p.ln_x.bias) + h * N};
+        normalise<E>(y + at, y + at, norm, N, s.head_eps);
+      }
+      each(from, to, [&](int64_t n, auto lanes) {
+        const auto gate = get(g + b * a + n, lanes);
+        set(yb + n, get(yb + n, lanes) * gate * logistic(gate));
+      });
+    }
+    barrier.wait(threads);
+
+    product(p.output, y, a, B, mixed, d, mine.begin, mine.end);
+    for (int64_t b = 0; b < B; b++)
+      each(mine.begin, mine.end, [&](int64_t n, auto lanes) {
+        set(x + b * d + n, get(x + b * d + n, lanes) + get(mixed + b * d + n, lanes));
+      });
+    barrier.wait(threads);
+
+    // Channel-mix: key and receptance.
+    for (int64_t b = 0; b < B; b++) {
+      float *zb = z + b * d, *bb = back + b * d;
+      normalise<E>(zb, x + b * d, p.ln2, D, s.norm_eps);
+      shift<E>(zb, bb, of<E>(m.ffn_shift) + b * D, static_cast<E*>(m.new_ffn_shift) + b * D, D, mine);
+      each(0, D, [&](int64_t n, auto lanes) {
+        const auto here = get(zb + n, lanes), way = get(bb + n, lanes);
+        set(xk + b * d + n, here + way * get(of<E>(p.ffn_maa_k) + n, lanes));
+        set(xr + b * d + n, here + way * get(of<E>(p.ffn_maa_r) + n, lanes));
+      });
+    }
+    product(p.ffn_key, xk, d, B, inner, f, rows_f.begin, rows_f.end);
+    product(p.ffn_receptance, xr, d, B, gate_ffn, d, mine.begin, mine.end);
+    for (int64_t b = 0; b < B; b++) {
+      each(rows_f.begin, rows_f.end, [&](int64_t n, auto lanes) {
+        const auto u = get(inner + b * f + n, lanes), positive = u <= 0 ? 0 * lanes : u;
+        set(inner + b * f + n, positive * positive);
+      });
+      each(mine.begin, mine.end, [&](int64_t n, auto lanes) {
+        set(gate_ffn + b * d + n, logistic(get(gate_ffn + b * d + n, lanes)));
+      });
+    }
+    barrier.wait(threads);
+
+    product(p.ffn_value, inner, f, B, mixed, d, mine.begin, mine.end);
+    for (int64_t b = 0; b < B; b++)
+      each(mine.begin, mine.end, [&](int64_t n, auto lanes) {
+        const auto gate = get(gate_ffn + b * d + n, lanes);
+        set(x + b * d + n, get(x + b * d + n, lanes) + gate * get(mixed + b * d + n, lanes));
+      });
+    barrier.wait(threads);
+  }
+
+  for (int64_t b = thread; b < B; b += threads) {
+    normalise<E>(z, x + b * d, s.ln_out, D, s.norm_eps);
+    for (int64_t n = 0; n < D; n++) put(static_cast<E*>(s.out) + b * D + n, z[n]);
+  }
+}
+
+void product_dense(
+    const Matrix& w, const float* x, int64_t batch, float* y, int64_t y_stride, int64_t begin, int64_t end) {
+  product(w, x, w.columns, batch, y, y_stride, begin, end);
+}
+
+}  // namespace
+
+const StepKernels& step_kernels() {
+  static const StepKernels table = {step<float>, step<uint16_t>, product_dense};
+  return table;
+}
+
+}  // namespace VISUALRWKV_SET
+}  // namespace visualrwkv
