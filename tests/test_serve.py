@@ -307,13 +307,20 @@ def test_many_pixels_in_few_bytes(server, huge_png):
 LONG = {"model": "tiny-random", "messages": [USER], "max_tokens": 4000, **NEVER}
 
 
-def open_stream(address, body, seconds=60):
-    """A socket with a streamed answer of which the head has arrived."""
+def send(address, body):
+    """A socket over which a request was sent."""
     host, port = address.removeprefix("http://").split(":")
-    data = json.dumps(body | {"stream": True}).encode()
-    sock = socket.create_connection((host, int(port)), timeout=seconds)
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
-    sock.sendall(head.encode() + b"\r\n\r\n" + data)
+    data = json.dumps(body).encode()
+    head = ["POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
+    head += [f"Content-Length: {len(data)}", "", ""]
+    sock = socket.create_connection((host, int(port)), timeout=60)
+    sock.sendall("\r\n".join(head).encode() + data)
+    return sock
+
+
+def open_stream(address, body):
+    """A socket with a streamed answer of which the head has arrived."""
+    sock = send(address, body | {"stream": True})
     assert b"200 OK" in sock.recv(1000)
     return sock
 
@@ -331,10 +338,7 @@ def test_a_killed_client_frees_its_slot(server, client, monkeypatch):
     with replies_never_end(monkeypatch):
         socks = [open_stream(address, LONG) for _ in range(8)]
         wait_until(lambda: service.engine.load[0] == 8)
-        blocked = socket.create_connection(socks[0].getpeername())  # waits for a slot, without a stream
-        data = json.dumps(LONG).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
-        blocked.sendall(head.encode() + b"\r\n\r\n" + data)
+        blocked = send(address, LONG)  # waits for a slot, without a stream
         wait_until(lambda: service.engine.load == (8, 1))
         socks[0].close()
         wait_until(lambda: service.engine.load == (8, 0))  # the one that waited has the slot
@@ -383,11 +387,11 @@ def test_an_api_key_keeps_others_out(vlm):
             assert text_of(complete(client, USER)) is not None
 
 
-@pytest.mark.parametrize(
-    "address",
-    ["127.0.0.1", "10.0.0.1", "192.168.1.1", "172.16.0.1", "169.254.169.254", "0.0.0.0", "100.64.0.1", "224.0.0.1", "::1",
-     "::", "fe80::1", "fe80::1%eth0", "fd00::1", "::ffff:127.0.0.1", "2002:7f00:1::", "64:ff9b::7f00:1", "255.255.255.255"],
-)  # fmt: skip
+PRIVATE = """127.0.0.1 10.0.0.1 192.168.1.1 172.16.0.1 169.254.169.254 0.0.0.0 100.64.0.1 224.0.0.1 255.255.255.255 ::1
+:: fe80::1 fe80::1%eth0 fd00::1 ::ffff:127.0.0.1 2002:7f00:1:: 64:ff9b::7f00:1"""
+
+
+@pytest.mark.parametrize("address", PRIVATE.split())
 def test_addresses_that_are_not_public(address):
     assert not requests.is_public(address)
 
