@@ -33,7 +33,7 @@ LAYERS = [
     ["vision", "rwkv", "processing", "streaming", "checkpoint_layout", "sampling", "saved_chat"],
     ["modeling", "session"],
     ["checkpoints", "chat", "registration"],
-    ["loading", "info"],
+    ["loading", "info", "terminal", "serving"],
     ["scenes.accuracy", "data", "engine"],
     ["scenes.card"],
     ["building"],

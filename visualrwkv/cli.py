@@ -5,17 +5,15 @@ output has gone.
 """
 
 import argparse
-import contextlib
 import importlib
 import json
 import os
 import sys
+from dataclasses import asdict
 
 from visualrwkv import __version__
-from visualrwkv.errors import InputError
+from visualrwkv.errors import InputError, error_line
 from visualrwkv.prompt import POSITIONS
-
-CHAT_HELP = "/image PATH shows a picture with the next question; /save FILE; /reset; /quit"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(error):
-    print("visualrwkv: error: " + " ".join(str(error).split()), file=sys.stderr)
+    print(error_line(error), file=sys.stderr)
     return 2
 
 
@@ -70,12 +68,13 @@ def build_parser() -> argparse.ArgumentParser:
     _model_options(ask)
     ask.add_argument("--json", action="store_true", help="print one JSON object instead of the bare answer")
 
-    chat = _command(commands, "chat", run_chat, f"a conversation in the terminal: {CHAT_HELP}")
+    chat = _command(commands, "chat", run_chat, "a conversation in the terminal; /help there lists its commands")
     chat.add_argument("image", metavar="IMAGE", nargs="?", help="picture file, shown with the first question")
     _model_options(chat)
     chat.add_argument("--resume", metavar="FILE", help="continue a conversation written by /save")
 
     _demo(commands)
+    _serving(commands)
 
     scenes = _command(commands, "scenes", run_scenes, "write drawn scenes with questions and answers")
     scenes.add_argument("out", metavar="OUT", help="folder to write")
@@ -114,6 +113,22 @@ def _demo(commands):
     demo.add_argument("--concurrency", metavar="N", type=int, default=2, help="replies written at once (default 2)")
     demo.add_argument("--queue", metavar="N", type=int, default=32, help="most requests that wait (default 32)")
     demo.add_argument("--max-upload", metavar="MIB", type=int, default=40, help="largest file taken (default 40 MiB)")
+
+
+def _serving(commands):
+    """The command of visualrwkv.serving."""
+    serve = _command(commands, "serve", run_serve, "an OpenAI-style HTTP endpoint; Ctrl-C ends it")
+    serve.add_argument("--model", metavar="M", help="folder, .pth file, owner/repo or owner/repo:file.pth")
+    serve.add_argument("--prompt", choices=POSITIONS, help="where the picture stands")
+    serve.add_argument("--host", metavar="H", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    serve.add_argument("--port", metavar="P", type=int, default=8000, help="0 for any free one (default 8000)")
+    serve.add_argument("--slots", metavar="N", type=int, default=32, help="replies under way together (default 32)")
+    serve.add_argument("--queue", metavar="N", type=int, default=64, help="requests that may wait (default 64)")
+    serve.add_argument("--max-tokens", metavar="N", type=int, default=1024, help="longest reply (default 1024)")
+    serve.add_argument("--max-prompt-tokens", metavar="N", type=int, default=8192, help="longest prompt (default 8192)")
+    serve.add_argument("--max-body-mb", metavar="N", type=int, default=20, help="largest request, MiB (default 20)")
+    serve.add_argument("--api-key", metavar="KEY", help="clients must send it (default: $VISUALRWKV_API_KEY, or none)")
+    serve.add_argument("--allow-remote-images", action="store_true", help="fetch pictures from public web addresses")
 
 
 def _evaluation(commands):
@@ -171,10 +186,22 @@ def _model_options(parser):
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=128, help="longest answer (default 128)")
     parser.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0 (default): the likeliest token")
     parser.add_argument("--top-p", metavar="P", type=float, default=1.0, help="probability to sample among")
+    parser.add_argument("--top-k", metavar="K", type=int, default=0, help="tokens to sample among; 0 (default): all")
+    parser.add_argument("--seed", metavar="S", type=int, help="same seed, same answer when sampling")
+    parser.add_argument("--presence-penalty", metavar="X", type=float, default=0.0, help="against repetition (0: none)")
+    parser.add_argument("--frequency-penalty", metavar="X", type=float, default=0.0, help="the same, for each time")
+    parser.add_argument("--penalty-decay", metavar="X", type=float, default=0.996, help="how it fades (default 0.996)")
+    parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="ends the answer; may be repeated")
 
 
 def _sampling(arguments):
-    return {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p")}
+    """Fields of `Sampling`; options that were left alone stay away from the record of `ask --json`, but for three."""
+    from visualrwkv.sampling import Sampling
+
+    given = asdict(Sampling(**{name: getattr(arguments, name) for name in Sampling.__dataclass_fields__}))
+    defaults = asdict(Sampling())
+    always = ("max_new_tokens", "temperature", "top_p")
+    return {name: value for name, value in given.items() if name in always or value != defaults[name]}
 
 
 def _load(arguments):
@@ -190,73 +217,43 @@ def run_ask(arguments):
 
     # what the user typed is looked at before the model is loaded
     check_question(arguments.question)
-    image = load_image(arguments.image)
-    answer = _load(arguments).ask(image, arguments.question, **_sampling(arguments))
+    image, sampling = load_image(arguments.image), _sampling(arguments)
+    answer = _load(arguments).ask(image, arguments.question, **sampling)
     if arguments.json:
         record = {"image": arguments.image, "question": arguments.question, "answer": answer, "model": arguments.model}
-        answer = json.dumps(record | _sampling(arguments), ensure_ascii=False)
+        answer = json.dumps(record | sampling, ensure_ascii=False)
     print(answer)
 
 
 def run_chat(arguments):
-    """`visualrwkv chat`: one line is one turn; replies go to stdout as they are written, all else to stderr."""
+    """`visualrwkv chat`"""
+    from visualrwkv import terminal
     from visualrwkv.image_processing import load_image
 
-    pictures = [load_image(arguments.image)] if arguments.image else []
+    pictures, sampling = [load_image(arguments.image)] if arguments.image else [], _sampling(arguments)
     vlm = _load(arguments)
     session = vlm.chat.load(arguments.resume) if arguments.resume else vlm.chat()
-    terminal = sys.stdin.isatty()
-    failed = False
-    if terminal:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  line editing in input()
-        print(CHAT_HELP, file=sys.stderr)
-    while (line := _next_line(terminal)) is not None:
-        command, _, rest = line.strip().partition(" ")
-        rest = rest.strip()
-        try:
-            if not command:
-                continue
-            if command == "/quit":
-                break
-            elif command == "/reset":
-                session.reset()
-                pictures = []
-            elif command == "/image":
-                pictures.append(load_image(rest))
-            elif command == "/save":
-                _save(session, rest)
-            elif command.startswith("/"):
-                raise InputError(f"{command} is not a command; {CHAT_HELP}")
-            else:
-                for piece in session.stream(line.strip(), pictures, **_sampling(arguments)):
-                    print(piece, end="", flush=True)
-                print(flush=True)
-                pictures = []
-        except InputError as error:  # one bad line does not end a conversation
-            failed = True
-            _fail(error)
-    return 2 if failed and not terminal else 0
+    return terminal.talk(session, pictures, sampling)
 
 
-def _next_line(terminal):
-    """The next line of input, None at its end."""
-    if not terminal:
-        return sys.stdin.readline() or None
-    try:
-        return input("> ")
-    except EOFError:
-        print()
-        return None
+def run_serve(arguments):
+    """`visualrwkv serve`"""
+    for name, least in (("slots", 1), ("queue", 0), ("max_tokens", 1), ("max_prompt_tokens", 1), ("max_body_mb", 1)):
+        if getattr(arguments, name) < least:
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} is {getattr(arguments, name)}; use a whole number from {least}")
+    from visualrwkv.serving import app
 
-
-def _save(session, path):
-    if not path:
-        raise InputError("/save needs the name of a file to write")
-    try:
-        session.save(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+    key = arguments.api_key or os.environ.get("VISUALRWKV_API_KEY") or None
+    limits = app.Limits(
+        body_bytes=arguments.max_body_mb * 2**20,
+        max_tokens=arguments.max_tokens,
+        prompt_tokens=arguments.max_prompt_tokens,
+        remote_images=arguments.allow_remote_images,
+    )
+    settings = app.Settings(app.model_name(arguments.model), arguments.slots, arguments.queue, key, limits)
+    with app.listen(arguments.host, arguments.port) as listener:
+        app.serve(_load(arguments), settings, listener)
 
 
 def run_demo(arguments):

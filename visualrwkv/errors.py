@@ -7,3 +7,8 @@ class InputError(ValueError):
     The message is one line that names the file, the value and the remedy; the command line prints it and exits with
     code 2.
     """
+
+
+def error_line(error: object) -> str:
+    """How every command reports an error, on one line."""
+    return "visualrwkv: error: " + " ".join(str(error).split())

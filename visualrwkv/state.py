@@ -1,5 +1,6 @@
 """The memory of the language model: a state of fixed size, however much was read."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,16 @@ class RWKVState:
         """The states of the given sequences (a list or tensor of indices), in that order, repeats allowed."""
         index = torch.as_tensor(indices, device=self.device)
         return self._map(lambda tensor: tensor.index_select(0, index))
+
+    @classmethod
+    def concatenate(cls, states: Sequence["RWKVState"]) -> "RWKVState":
+        """One batch of the sequences of several states of the same model, in their order; the opposite of `select`.
+
+        They may have read differently much: nothing but the count depends on it, and `seen` becomes the largest.
+        """
+        columns = zip(*(state.layers for state in states), strict=True)
+        layers = [LayerState(*map(torch.cat, zip(*column, strict=True))) for column in columns]
+        return cls(layers, max(state.seen for state in states))
 
     def repeat(self, times: int) -> "RWKVState":
         """Each sequence `times` times in a row."""

@@ -1,0 +1,89 @@
+"""50 turns in one conversation: time per token and memory of the last turn against the second.
+
+    python -m bench.chat_turns                 # writes bench/results/chat_turns.json
+
+The embedded model, a drawn scene in the first turn, the same question and the same number of tokens in every further
+one (a stop at the end of a reply would compare replies of different length). A turn's time per token is the smallest of
+`--repeats` measurements, for each of which the turn is taken back and said again.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from bench.real_size import RESULTS, surroundings
+
+LIMIT = 0.10  # last turn against the second
+TURNS = 50
+TOKENS = 24
+QUESTION = "How many objects are there?"
+
+
+def resident() -> int:
+    """Bytes of this process in memory now (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status names no VmRSS")
+
+
+def run(repeats: int) -> dict:
+    import visualrwkv
+    from visualrwkv.scenes import draw, sample_scene, scene_rng
+
+    vlm = visualrwkv.load()
+    rng = scene_rng(2, "test", 0)
+    picture = draw(sample_scene(rng, split="test"))
+    # the same count of tokens in each turn: random ones rarely end a reply
+    options = {"max_new_tokens": TOKENS, "temperature": 100.0}
+    chat = vlm.chat()
+    chat.say(QUESTION, images=picture, seed=0, **options)
+    turns = []
+    for number in range(2, TURNS + 1):
+        best, tokens = float("inf"), 0
+        for repeat in range(repeats):
+            if repeat:
+                chat.undo()
+            start = time.perf_counter()
+            chat.say(QUESTION, seed=number, **options)
+            seconds = time.perf_counter() - start
+            stats = chat.stats
+            tokens = stats.prompt_tokens + stats.reply_tokens
+            best = min(best, seconds / tokens)
+        turns.append({"turn": number, "tokens": tokens, "ms a token": best * 1000, "state": chat.nbytes,
+                      "resident": resident()})  # fmt: skip
+    second, last = turns[0], turns[-1]
+    time_ratio, memory_ratio = last["ms a token"] / second["ms a token"], last["resident"] / second["resident"]
+    return {
+        "turns": TURNS,
+        "repeats": repeats,
+        "positions read": chat.tokens_read,
+        "state bytes of turn 2": second["state"],
+        "state bytes of the last turn": last["state"],
+        "ms a token, turn 2": round(second["ms a token"], 3),
+        "ms a token, last turn": round(last["ms a token"], 3),
+        "time, last / second": round(time_ratio, 3),
+        "resident MiB, turn 2": round(second["resident"] / 2**20, 1),
+        "resident MiB, last turn": round(last["resident"] / 2**20, 1),
+        "memory, last / second": round(memory_ratio, 3),
+        "within limits": time_ratio < 1 + LIMIT and memory_ratio < 1 + LIMIT and last["state"] == second["state"],
+        "ms a token of all turns": [round(turn["ms a token"], 3) for turn in turns],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of each turn (default 5)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "chat_turns.json")
+    options = parser.parse_args()
+    results = run(options.repeats)
+    for name, value in results.items():
+        print(f"{name:28} {value}")
+    options.out.write_text(json.dumps(surroundings() | {"results": results}, indent=2) + "\n")
+    return 0 if results["within limits"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,503 @@
+"""The endpoint, over a real socket, with the client that people use."""
+
+import base64
+import io
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import httpx
+import openai
+import pytest
+import torch
+
+from visualrwkv.errors import InputError
+from visualrwkv.prompt import Turn
+from visualrwkv.sampling import Sampling
+from visualrwkv.serving import app, engine, requests
+from visualrwkv.streaming import ReplyText
+
+QUESTIONS = ["What is the colour?", "What?", "What is it, 在哪里?", "How many objects do you see in the picture?"]
+NEVER = {"temperature": 1.0, "seed": 0}  # a random model rarely ends a reply of its own
+
+
+@contextmanager
+def running(vlm, **settings):
+    """A server in a thread; yields (service, address)."""
+    settings = app.Settings("tiny-random", **settings)
+    listener = app.listen("127.0.0.1", 0)
+    server = app.make_server(vlm, settings)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield server.config.app.state.service, f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+LIMITS = requests.Limits(body_bytes=2**20, max_tokens=4000, prompt_tokens=400)
+
+
+@pytest.fixture(scope="module")
+def server(vlm):
+    with running(vlm, slots=8, queue=24, limits=LIMITS) as (service, address):
+        yield service, address
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=server[1] + "/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield client
+
+
+def data_uri(picture):
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def shown(text, *pictures):
+    """A user's message."""
+    parts = [{"type": "image_url", "image_url": {"url": data_uri(picture)}} for picture in pictures]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+
+def complete(client, *messages, **options):
+    options = {"max_tokens": 12, **options}
+    return client.chat.completions.create(model="tiny-random", messages=list(messages), **options)
+
+
+def text_of(answer):
+    return answer.choices[0].message.content
+
+
+def wait_until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def idle(service):
+    return service.engine.load == (0, 0) and service.tickets == 32
+
+
+def test_an_answer_is_that_of_ask(client, vlm, pictures):
+    answer = complete(client, shown(QUESTIONS[0], pictures[0]))
+    assert text_of(answer) == vlm.ask(pictures[0], QUESTIONS[0], max_new_tokens=12)
+    ids, _ = vlm.processor.encode_turns([Turn("user", QUESTIONS[0], images=1)], open_reply=True)
+    assert answer.usage.prompt_tokens == len(ids)
+    assert answer.usage.total_tokens == len(ids) + answer.usage.completion_tokens
+    assert 1 <= answer.usage.completion_tokens <= 12
+    assert answer.object == "chat.completion" and answer.model == "tiny-random"
+    assert answer.choices[0].finish_reason in ("stop", "length") and answer.choices[0].message.role == "assistant"
+    alone = complete(client, {"role": "user", "content": QUESTIONS[1]}, max_tokens=openai.omit, max_completion_tokens=5)
+    assert text_of(alone) == vlm.ask(None, QUESTIONS[1], max_new_tokens=5) and alone.usage.completion_tokens <= 5
+
+
+def test_several_turns_and_pictures_are_read_through_the_prompt_builder(client, vlm, pictures):
+    messages = [
+        shown("What?", pictures[0]),
+        {"role": "assistant", "content": "red"},
+        shown("And these?", pictures[1], pictures[2]),
+    ]
+    turns = [Turn("user", "What?", 1), Turn("assistant", "red"), Turn("user", "And these?", 2)]
+    inputs = vlm.processor.prepare([pictures[:3]], [turns])
+    output = vlm.generate(inputs, Sampling(max_new_tokens=12))
+    reply = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    answer = complete(client, *messages)
+    assert text_of(answer) == ReplyText.whole(vlm.processor.tokenizer, reply)
+
+
+def test_a_stream_is_the_same_answer_in_pieces(client, server, vlm, pictures):
+    expected = vlm.ask(pictures[0], QUESTIONS[2], max_new_tokens=40, **NEVER)
+    chunks = list(complete(client, shown(QUESTIONS[2], pictures[0]), stream=True, max_tokens=40, **NEVER))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [chunk.choices[0].finish_reason for chunk in chunks[-2:]][1] in ("stop", "length")
+    assert len({chunk.id for chunk in chunks}) == 1 and len(chunks) > 3
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    *chunks, last = complete(client, shown(QUESTIONS[2], pictures[0]), max_tokens=40, **options, **NEVER)
+    whole = complete(client, shown(QUESTIONS[2], pictures[0]), max_tokens=40, **NEVER)
+    assert last.choices == [] and last.usage == whole.usage and all(chunk.usage is None for chunk in chunks)
+    body = {"model": "tiny-random", "messages": [{"role": "user", "content": "What?"}], "stream": True}
+    raw = httpx.post(server[1] + "/v1/chat/completions", json=body | {"max_tokens": 3})
+    assert raw.headers["content-type"].startswith("text/event-stream") and raw.text.endswith("data: [DONE]\n\n")
+    assert all(line.startswith("data: ") for line in raw.text.strip().split("\n\n"))
+
+
+def test_requests_of_all_kinds_at_once_are_answered_as_alone(client, server, vlm, pictures):
+    """16 requests on 8 slots: some wait and join while others are under way."""
+    asked = []
+    for number in range(16):
+        options = {"max_new_tokens": (3, 40, 11, 80)[number % 4]}
+        if number % 2:
+            options |= {"temperature": 1.2, "seed": number, "top_p": 0.9}
+        if number % 3 == 0:
+            options |= {"presence_penalty": 0.7, "frequency_penalty": 0.3}
+        if number % 5 == 0:
+            options |= {"stop": ["e", "or"]}
+        picture = None if number % 7 == 3 else pictures[number % 4]
+        asked.append((picture, QUESTIONS[number // 2 % 4], options))
+    expected = [vlm.ask(picture, question, **options) for picture, question, options in asked]
+
+    def ask(case):
+        picture, question, options = case
+        options = {**options, "max_tokens": options["max_new_tokens"]}
+        del options["max_new_tokens"]
+        return text_of(complete(client, shown(question, *([picture] if picture else [])), **options))
+
+    peak, done = [0], threading.Event()
+
+    def watch():
+        while not done.is_set():
+            peak[0] = max(peak[0], server[0].engine.load[0])
+            time.sleep(0.001)
+
+    threading.Thread(target=watch, daemon=True).start()
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(ask, asked))
+    done.set()
+    assert answers == expected and len(set(expected)) > 8
+    assert 2 <= peak[0] <= 8
+    wait_until(lambda: idle(server[0]))
+
+
+def test_sampling_options_have_their_effect(client, vlm, pictures):
+    options = {"temperature": 1.0, "seed": 5, "max_new_tokens": 30}
+    extra = {"top_k": 3, "penalty_decay": 0.5}
+    expected = vlm.ask(pictures[0], "What?", **options, **extra, frequency_penalty=1)
+    answer = complete(
+        client,
+        shown("What?", pictures[0]),
+        max_tokens=30,
+        temperature=1.0,
+        seed=5,
+        frequency_penalty=1,
+        extra_body=extra,
+    )
+    assert text_of(answer) == expected != vlm.ask(pictures[0], "What?", **options)
+
+
+def test_models_and_health(client, server):
+    assert [model.id for model in client.models.list()] == ["tiny-random"]
+    assert client.models.retrieve("tiny-random").owned_by == "visualrwkv"
+    with pytest.raises(openai.NotFoundError, match="gpt-x"):
+        client.models.retrieve("gpt-x")
+    health = httpx.get(server[1] + "/health")
+    assert health.status_code == 200 and health.json()["status"] == "ok"
+
+
+USER = {"role": "user", "content": "What?"}
+
+
+def image(url, **more):
+    return {"role": "user", "content": [{"type": "text", "text": "What?"},
+                                        {"type": "image_url", "image_url": {"url": url, **more}}]}  # fmt: skip
+
+
+BAD = [
+    ({"model": "gpt-x"}, 404, "gpt-x"),
+    ({"model": 3}, 400, "'model'"),
+    ({"messages": []}, 400, "messages"),
+    ({"messages": "What?"}, 400, "messages"),
+    ({"messages": [7]}, 400, "message 1"),
+    ({"messages": [{"role": "system", "content": "Be kind."}, USER]}, 400, "system"),
+    ({"messages": [{"role": "tool", "content": "3"}]}, 400, "tool"),
+    ({"messages": [USER, {"role": "assistant", "content": "A"}]}, 400, "last message"),
+    ({"messages": [{"role": "user", "content": " "}]}, 400, "empty"),
+    ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "surrogate"),
+    ({"messages": [{"role": "user"}]}, 400, "content"),
+    ({"messages": [{"role": "user", "content": "What is <image>?"}]}, 400, "<image>"),
+    ({"messages": [{"role": "user", "content": "a b " * 500}]}, 400, "up to 400"),
+    ({"messages": [{"role": "user", "content": "x" * 500_000}]}, 400, "up to 400"),
+    ({"messages": [{"role": "user", "content": [{"type": "image", "path": "/etc/passwd"}]}]}, 400, "image_url"),
+    ({"messages": [image("/etc/hostname")]}, 400, "data URI"),
+    ({"messages": [image("file:///etc/hostname")]}, 400, "data URI"),
+    ({"messages": [image("http://127.0.0.1:1/a.png")]}, 400, "--allow-remote-images"),
+    ({"messages": [image("data:image/png;base64,AAAA")]}, 400, "picture 1"),
+    ({"messages": [image("data:image/png,AAAA")]}, 400, "base64"),
+    ({"messages": [image("data:image/png;base64,AAAA", detail="high")]}, 400, "detail"),
+    ({"messages": [image("data:,")] * 60}, 400, "up to 400"),
+    ({"max_tokens": 10**9}, 400, "1000000000"),
+    ({"max_tokens": 0}, 400, "max_tokens"),
+    ({"max_tokens": 5, "max_completion_tokens": 5}, 400, "one of them"),
+    ({"max_completion_tokens": "5"}, 400, "max_completion_tokens"),
+    ({"temperature": -1}, 400, "temperature"),
+    ({"top_p": 2}, 400, "top_p"),
+    ({"seed": -3}, 400, "seed"),
+    ({"stop": [""]}, 400, "stop"),
+    ({"stop": ["a"] * 17}, 400, "stop"),
+    ({"presence_penalty": "much"}, 400, "presence_penalty"),
+    ({"n": 2}, 400, "n is 2"),
+    ({"logprobs": True}, 400, "logprobs"),
+    ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+    ({"tools": []}, 400, "tools"),
+    ({"stream": "yes"}, 400, "stream"),
+    ({"stream_options": {"include_usage": True}}, 400, "stream=true"),
+]
+
+
+@pytest.mark.parametrize(("change", "status", "word"), BAD, ids=lambda value: str(value)[:40])
+def test_bad_requests_are_refused_by_name(server, change, status, word):
+    body = json.dumps({"model": "tiny-random", "messages": [USER], "max_tokens": 3} | change)
+    refused(httpx.post(server[1] + "/v1/chat/completions", content=body, headers=JSON), status, word)
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+def refused(response, status, word):
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert word in error["message"] and "\n" not in error["message"] and "Traceback" not in response.text
+    return error
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'{"max_tokens": 1' + b"0" * 5000 + b"}"])
+def test_a_body_that_is_not_json(server, body):
+    refused(httpx.post(server[1] + "/v1/chat/completions", content=body, headers=JSON), 400, "JSON")
+
+
+def test_other_pages_methods_and_types(server):
+    refused(httpx.get(server[1] + "/v1/chat/completions"), 405, "GET")
+    refused(httpx.post(server[1] + "/v1/completions", json={}), 404, "/v1/completions")
+    refused(httpx.get(server[1] + "/docs"), 404, "/docs")
+    plain = {"Content-Type": "text/plain"}
+    refused(httpx.post(server[1] + "/v1/chat/completions", content=b"{}", headers=plain), 415, "application/json")
+
+
+def test_a_picture_of_100_mb_is_refused_and_the_server_goes_on(server, client):
+    def chunks():  # a client that does not say the size beforehand
+        yield b'{"model": "tiny-random", "messages": [{"role": "user", "content": "'
+        for _ in range(100):
+            yield b"A" * 2**20
+
+    limit = 2**20
+    assert server[0]._limits.body_bytes == limit
+    with httpx.Client(timeout=60) as plain:
+        for content in (b"A" * (10 * limit), chunks()):
+            try:
+                refused(plain.post(server[1] + "/v1/chat/completions", content=content, headers=JSON), 413, "1 MiB")
+            except httpx.WriteError:  # beyond 20 times the limit nobody reads on
+                assert not isinstance(content, bytes)
+    assert text_of(complete(client, USER)) is not None
+    wait_until(lambda: idle(server[0]))
+
+
+def test_many_pixels_in_few_bytes(server, huge_png):
+    uri = "data:image/png;base64," + base64.b64encode(huge_png).decode()
+    body = {"model": "tiny-random", "messages": [image(uri)]}
+    refused(httpx.post(server[1] + "/v1/chat/completions", json=body), 400, "pixels")
+
+
+LONG = {"model": "tiny-random", "messages": [USER], "max_tokens": 4000, **NEVER}
+
+
+def send(address, body):
+    """A socket over which a request was sent."""
+    host, port = address.removeprefix("http://").split(":")
+    data = json.dumps(body).encode()
+    head = ["POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
+    head += [f"Content-Length: {len(data)}", "", ""]
+    sock = socket.create_connection((host, int(port)), timeout=60)
+    sock.sendall("\r\n".join(head).encode() + data)
+    return sock
+
+
+def open_stream(address, body):
+    """A socket with a streamed answer of which the head has arrived."""
+    sock = send(address, body | {"stream": True})
+    assert b"200 OK" in sock.recv(1000)
+    return sock
+
+
+@contextmanager
+def replies_never_end(monkeypatch):
+    """Replies go on until their limit, whatever the model writes: for tests of clients that leave."""
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Reply, "take", lambda self, token: self.tell("x", None) or True)
+        yield
+
+
+def test_a_killed_client_frees_its_slot(server, client, monkeypatch):
+    service, address = server
+    with replies_never_end(monkeypatch):
+        socks = [open_stream(address, LONG) for _ in range(8)]
+        wait_until(lambda: service.engine.load[0] == 8)
+        blocked = send(address, LONG)  # waits for a slot, without a stream
+        wait_until(lambda: service.engine.load == (8, 1))
+        socks[0].close()
+        wait_until(lambda: service.engine.load == (8, 0))  # the one that waited has the slot
+        for sock in (*socks[1:], blocked):
+            sock.close()
+        wait_until(lambda: idle(service))
+    assert text_of(complete(client, USER)) is not None
+
+
+def test_overload_is_told_at_once(server, client, monkeypatch):
+    service, address = server
+    with replies_never_end(monkeypatch):
+        socks = [open_stream(address, LONG) for _ in range(32)]
+        wait_until(lambda: service.engine.load == (8, 24))
+        with pytest.raises(openai.RateLimitError) as told:
+            complete(client, USER)
+        assert told.value.response.headers["Retry-After"] == "1" and told.value.body["code"] == "overloaded"
+        assert httpx.get(address + "/health").json()["tickets"] == 0
+        for sock in socks:
+            sock.close()
+        wait_until(lambda: idle(service))
+    assert text_of(complete(client, USER)) is not None
+
+
+def test_a_failing_reply_is_reported_and_the_next_one_works(server, client, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Reply, "choose", lambda *_: 1 / 0)
+        with pytest.raises(openai.InternalServerError, match="its log"):
+            complete(client, USER)
+        with pytest.raises(openai.APIError, match="its log"):
+            list(complete(client, USER, stream=True))
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    assert text_of(complete(client, USER)) is not None
+    wait_until(lambda: idle(server[0]))
+
+
+def test_an_api_key_keeps_others_out(vlm):
+    with running(vlm, slots=1, queue=0, api_key="secret") as (_, address):
+        for key in ("wrong", "sécret"):
+            headers = {"Authorization": f"Bearer {key}".encode()}
+            for page in ("/v1/models", "/v1/models/tiny-random"):
+                refused(httpx.get(address + page, headers=headers), 401, "key")
+            refused(httpx.post(address + "/v1/chat/completions", json=LONG, headers=headers), 401, "key")
+        assert httpx.get(address + "/health").status_code == 200
+        with openai.OpenAI(base_url=address + "/v1", api_key="secret", max_retries=0) as client:
+            assert text_of(complete(client, USER)) is not None
+
+
+PRIVATE = """127.0.0.1 10.0.0.1 192.168.1.1 172.16.0.1 169.254.169.254 0.0.0.0 100.64.0.1 224.0.0.1 255.255.255.255 ::1
+:: fe80::1 fe80::1%eth0 fd00::1 ::ffff:127.0.0.1 2002:7f00:1:: 64:ff9b::7f00:1"""
+
+
+@pytest.mark.parametrize("address", PRIVATE.split())
+def test_addresses_that_are_not_public(address):
+    assert not requests.is_public(address)
+
+
+def test_public_addresses():
+    assert requests.is_public("1.1.1.1") and requests.is_public("2606:4700:4700::1111")
+
+
+REMOTE = requests.Limits(remote_images=True, remote_bytes=20_000, remote_seconds=1.0)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "127.1", "2130706433", "0x7f000001"])
+def test_the_own_machine_is_not_fetched_from(host):
+    with pytest.raises(InputError, match="public internet|no host"):
+        requests.open_source(f"http://{host}:1/picture.png", REMOTE, 10**6)
+
+
+@pytest.fixture
+def web(picture_file, monkeypatch):
+    """A web server whose address counts as public."""
+
+    class Pages(BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path == "/moved":
+                self.send_response(302)
+                self.send_header("Location", "/picture")
+                self.end_headers()
+                return
+            self.send_response(200)
+            self.end_headers()
+            if self.path == "/slow":
+                for _ in range(40):
+                    self.wfile.write(b"x")
+                    time.sleep(0.1)
+            self.wfile.write(b"x" * 30_000 if self.path == "/large" else picture_file.read_bytes())
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setattr(requests, "is_public", lambda address: True)
+    server = HTTPServer(("127.0.0.1", 0), Pages)
+    server.handle_error = lambda *_: None  # clients that give up are what is tested
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_remote_pictures_within_limits(web, pictures):
+    assert list(requests.open_source(web + "/picture", REMOTE, 10**6).getdata()) == list(pictures[0].getdata())
+    for page, words in (("/moved", "redirects"), ("/large", "larger"), ("/slow", "more than 1 s")):
+        with pytest.raises(InputError, match=words):
+            requests.open_source(web + page, REMOTE, 10**6)
+    for address in ("http://", "http://:80/", "http://[::1", "http://127.0.0.1:99999/", "https://a b/"):
+        with pytest.raises(InputError, match="no host"):
+            requests.open_source(address, REMOTE, 10**6)
+
+
+def test_replies_leave_and_join_without_touching_each_other(vlm):
+    """The engine alone: every row of the batch is the state of its own words."""
+    told = {}
+
+    def reply(name, text, count):
+        ids, _ = vlm.processor.encode_turns([Turn("user", text)], open_reply=True)
+        told[name] = []
+        return engine.Reply(ids, None, Sampling(max_new_tokens=count), lambda *event: told[name].append(event))
+
+    line = engine.Engine(vlm, slots=2)
+    replies = [reply(number, "What? " * (number + 1), 5 + 7 * number) for number in range(5)]
+    for one in replies:
+        line.submit(one)
+    wait_until(lambda: all(told[name] and told[name][-1][1] for name in told))
+    for number in told:
+        expected = vlm.ask(None, "What? " * (number + 1), max_new_tokens=5 + 7 * number)
+        assert "".join(text for text, _ in told[number]) == expected
+    line.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        line.submit(replies[0])
+
+
+def test_ctrl_c_ends_the_server(random_folder):
+    command = [sys.executable, "-m", "visualrwkv.cli", "serve", "--model", str(random_folder), "--port", "0"]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
+    line = process.stderr.readline()
+    address = re.search(r"http://127\.0\.0\.1:\d+", line)
+    assert address and line.startswith(random_folder.name), line
+    for _ in range(200):
+        try:
+            assert httpx.get(address[0] + "/health").json()["status"] == "ok"
+            break
+        except httpx.ConnectError:
+            time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert (process.returncode, rest) == (130, "")
+
+
+def test_states_of_different_age_make_one_batch(vlm):
+    with torch.no_grad():
+        one = vlm.model(torch.tensor([[5, 6, 7]])).cache
+        two = vlm.model(torch.tensor([[8], [9]])).cache
+        both = type(one).concatenate([one, two])
+        assert both.batch_size == 3 and both.seen == 3
+        for state, rows in ((one, [0]), (two, [1, 2])):
+            part = both.select(rows)
+            for name, tensor in state.tensors().items():
+                assert torch.equal(tensor, part.tensors()[name])

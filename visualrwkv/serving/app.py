@@ -1,0 +1,345 @@
+"""HTTP around the engine: OpenAI's chat completions, the list of models, health.
+
+Every request that is let in holds a ticket; there are as many as slots and places in the queue, so what a crowd of
+clients can make the server hold is bounded, and the next one is told to come back later.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import json
+import socket
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from visualrwkv.errors import InputError
+from visualrwkv.serving.engine import Engine, Reply
+from visualrwkv.serving.requests import ChatRequest, Limits, Refused, check_prompt, parse, read_pictures
+
+BODY_SECONDS = 60  # for sending a request
+SHUTDOWN_SECONDS = 10  # for replies under way after Ctrl-C
+READERS = 4  # threads that open pictures
+RETRY_AFTER = "1"  # seconds
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one server.
+
+    Args:
+        model: name under which clients ask for the model.
+        slots: replies under way together.
+        queue: requests that may wait beside them.
+        api_key: what clients have to send; None lets everybody in.
+        limits: of one request.
+    """
+
+    model: str
+    slots: int = 32
+    queue: int = 64
+    api_key: str | None = None
+    limits: Limits = field(default_factory=Limits)
+
+
+def build_app(vlm, settings: Settings) -> FastAPI:
+    """The application that answers with `vlm`; `app.state.service` holds its `Service`."""
+    service = Service(vlm, settings)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app):
+        yield
+        service.close()
+
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    app.state.service = service
+
+    @app.exception_handler(Refused)
+    async def refused(request, error):
+        return JSONResponse(error.body, error.status, error.headers)
+
+    @app.exception_handler(HTTPException)
+    async def no_such_page(request, error):
+        message = f"{request.method} {request.url.path}: {error.detail}; see /v1/models and /v1/chat/completions"
+        return JSONResponse(Refused(error.status_code, message).body, error.status_code, error.headers)
+
+    @app.get("/health")
+    async def health():
+        running, waiting = service.engine.load
+        status = {"status": "ok" if service.engine.alive else "failed", "running": running, "waiting": waiting}
+        return JSONResponse(status | {"tickets": service.tickets}, 200 if service.engine.alive else 503)
+
+    @app.get("/v1/models")
+    async def models(request: Request):
+        service.check_key(request)
+        return {"object": "list", "data": [service.card]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str, request: Request):
+        service.check_key(request)
+        if name != settings.model:
+            message = f"the model {name[:80]!r} does not exist; this server has {settings.model!r}"
+            raise Refused(404, message, "model", "model_not_found")
+        return service.card
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request):
+        return await service.chat(request)
+
+    return app
+
+
+class Service:
+    """From a request to its response."""
+
+    def __init__(self, vlm, settings: Settings):
+        self.engine = Engine(vlm, settings.slots)
+        self.tickets = settings.slots + settings.queue
+        self.card = {"id": settings.model, "object": "model", "created": int(time.time()), "owned_by": "visualrwkv"}
+        self._processor, self._settings, self._limits = vlm.processor, settings, settings.limits
+        self._readers = ThreadPoolExecutor(READERS, "reader")
+
+    def close(self) -> None:
+        self.engine.close()
+        self._readers.shutdown(cancel_futures=True)
+
+    def check_key(self, request: Request) -> None:
+        key = self._settings.api_key
+        sent = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if key is not None and not hmac.compare_digest(sent.encode(), key.encode()):
+            raise Refused(401, "the API key is missing or wrong", code="invalid_api_key")
+
+    async def chat(self, request: Request):
+        self.check_key(request)
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":  # a page in a browser can send other types to any server, unasked
+            raise Refused(415, "the Content-Type must be application/json")
+        if not self.tickets:
+            with contextlib.suppress(Refused):
+                await self._body(request, keep=False)  # a client that is still writing would not read the answer
+            message = "all slots and all places in the queue are taken; try again later"
+            raise Refused(429, message, code="overloaded", headers={"Retry-After": RETRY_AFTER})
+        self.tickets -= 1
+        ticket = _Ticket(self)
+        try:
+            return await self._answer(request, ticket)
+        except ClientDisconnect:
+            return JSONResponse(None, 499)  # nobody reads it
+        finally:
+            ticket.hand_back_unless_streaming()
+
+    async def _answer(self, request: Request, ticket: "_Ticket"):
+        body = await self._body(request)
+        loop = asyncio.get_running_loop()
+        asked, ids, pixels = await loop.run_in_executor(self._readers, self._prepare, body)
+        del body
+        events: asyncio.Queue = asyncio.Queue()
+
+        def tell(text, finish):
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
+                loop.call_soon_threadsafe(events.put_nowait, (text, finish))
+
+        reply = Reply(ids, pixels, asked.sampling, tell)
+        completion = _Completion(self._settings.model, len(ids), asked)
+        if asked.stream:
+            ticket.streaming = True
+            return _Stream(
+                self._stream(reply, events, completion, ticket),
+                media_type="text/event-stream",
+                headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+                ticket=ticket,
+            )
+        whole = asyncio.create_task(self._whole(reply, events))
+        gone = asyncio.create_task(_disconnected(request))
+        try:
+            await asyncio.wait({whole, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not whole.done():
+                raise ClientDisconnect
+            text, finish = whole.result()
+            return JSONResponse(completion.whole(text, finish, reply.count))
+        finally:
+            reply.cancelled.set()
+            whole.cancel()
+            gone.cancel()
+
+    def _prepare(self, body: bytes):
+        asked = parse(body, self._settings.model, self._limits)
+        ids = check_prompt(asked, self._processor, self._limits)
+        return asked, ids, read_pictures(asked, self._processor, self._limits)
+
+    async def _body(self, request: Request, keep: bool = True) -> bytes:
+        """The body within its limit. A larger one is read on for a while, or the client would never see the answer."""
+        limit, size, chunks = self._limits.body_bytes, 0, []
+
+        async def read():
+            nonlocal size
+            async for chunk in request.stream():
+                size += len(chunk)
+                if keep and size <= limit:
+                    chunks.append(chunk)
+                else:
+                    chunks.clear()
+                if size > 20 * limit:
+                    break
+
+        try:
+            await asyncio.wait_for(read(), BODY_SECONDS)
+        except asyncio.TimeoutError:
+            raise Refused(408, f"the request did not arrive within {BODY_SECONDS} s") from None
+        if size > limit:
+            message = f"the request is larger than {limit / 2**20:g} MiB; send smaller pictures"
+            raise Refused(413, message, code="request_too_large")
+        return b"".join(chunks)
+
+    async def _pieces(self, reply: Reply, events: asyncio.Queue) -> AsyncIterator[tuple[str, str | None]]:
+        """(text, finish) from the engine; leaving early frees the slot."""
+        try:
+            self.engine.submit(reply)
+            while True:
+                text, finish = await events.get()
+                if isinstance(finish, Exception):
+                    print(f"visualrwkv: a reply failed: {finish!r}", file=sys.stderr)
+                    raise Refused(500, "the reply failed in the server; its log says why")
+                yield text, finish
+                if finish:
+                    return
+        finally:
+            reply.cancelled.set()
+
+    async def _whole(self, reply, events):
+        texts, finish = [], None
+        async with contextlib.aclosing(self._pieces(reply, events)) as pieces:
+            async for text, ended in pieces:
+                texts.append(text)
+                finish = ended or finish
+        return "".join(texts), finish
+
+    async def _stream(self, reply, events, completion, ticket):
+        try:
+            yield completion.event({"role": "assistant", "content": ""})
+            try:
+                async with contextlib.aclosing(self._pieces(reply, events)) as pieces:
+                    async for text, finish in pieces:
+                        if text:
+                            yield completion.event({"content": text})
+                        if finish:
+                            yield completion.event({}, finish)
+                if completion.include_usage:
+                    yield completion.usage_event(reply.count)
+            except Refused as error:
+                yield f"data: {json.dumps(error.body)}\n\n"
+            yield "data: [DONE]\n\n"
+        finally:
+            ticket.hand_back()
+
+
+class _Ticket:
+    """The right of one request to be in the server."""
+
+    def __init__(self, service: Service):
+        self._service, self._held = service, True
+        self.streaming = False  # the response hands it back
+
+    def hand_back(self) -> None:
+        if self._held:
+            self._held = False
+            self._service.tickets += 1
+
+    def hand_back_unless_streaming(self) -> None:
+        if not self.streaming:
+            self.hand_back()
+
+
+class _Stream(StreamingResponse):
+    """Closes its events whatever ends the response, at once; a generator alone waits for the garbage collector."""
+
+    def __init__(self, content, *, ticket: _Ticket, **options):
+        super().__init__(content, **options)
+        self._events, self._ticket = content, ticket
+
+    async def __call__(self, scope, receive, send):
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._events.aclose()
+            self._ticket.hand_back()  # a generator that was never started does not run its end
+
+
+class _Completion:
+    """The JSON of one completion."""
+
+    def __init__(self, model: str, prompt_tokens: int, asked: ChatRequest):
+        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._prompt_tokens = prompt_tokens
+        self.include_usage = asked.include_usage
+
+    def _usage(self, count: int) -> dict:
+        total = self._prompt_tokens + count
+        return {"prompt_tokens": self._prompt_tokens, "completion_tokens": count, "total_tokens": total}
+
+    def whole(self, text: str, finish: str, count: int) -> dict:
+        message = {"role": "assistant", "content": text}
+        choice = {"index": 0, "message": message, "finish_reason": finish, "logprobs": None}
+        return self._head | {"object": "chat.completion", "choices": [choice], "usage": self._usage(count)}
+
+    def event(self, delta: dict, finish: str | None = None) -> str:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
+        return self._event([choice], {"usage": None} if self.include_usage else {})
+
+    def usage_event(self, count: int) -> str:
+        return self._event([], {"usage": self._usage(count)})
+
+    def _event(self, choices: list, more: dict) -> str:
+        chunk = self._head | {"object": "chat.completion.chunk", "choices": choices} | more
+        return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+
+
+async def _disconnected(request: Request) -> None:
+    """Returns when the client has gone; its request must have been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def model_name(given: str | None) -> str:
+    """How clients call the model: without the folders of this machine in front of it."""
+    if given is None:
+        return "visualrwkv-tiny"
+    path = Path(given).expanduser()
+    return path.resolve().name if path.exists() else given
+
+
+def make_server(vlm, settings: Settings):
+    """A uvicorn server; `run(sockets=[...])` serves until Ctrl-C."""
+    import uvicorn
+
+    config = uvicorn.Config(
+        build_app(vlm, settings), log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS, ws="none"
+    )
+    return uvicorn.Server(config)
+
+
+def serve(vlm, settings: Settings, listener: socket.socket) -> None:
+    """Serve on a listening socket until Ctrl-C; replies under way get some seconds to end."""
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    print(f"{settings.model} on http://{shown}:{port}/v1; Ctrl-C ends", file=sys.stderr, flush=True)
+    make_server(vlm, settings).run(sockets=[listener])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to the address, before any model is loaded; InputError if it cannot be had."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{host}:{port} cannot be listened on: {reason}; choose another --host or --port") from None
