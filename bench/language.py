@@ -149,7 +149,7 @@ def prefill(quick: bool) -> list[dict]:
     results, sizes = [], SMALL if quick else PAIR
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         model = random_language_model(dtype, **sizes)
-        for length in (128,) if quick else (641, 4096):
+        for length in (128,) if quick else (641,):
             ids = torch.randint(1, 1000, (1, length))
 
             def ours(model=model, ids=ids):
@@ -169,7 +169,7 @@ def prefill(quick: bool) -> list[dict]:
             peers = {"ours": ours, "products": floor}
             with tempfile.TemporaryDirectory() as folder:
                 peer = pip_rwkv(model, folder, f"cpu {name}")
-            if peer is not None and length < 1000:
+            if peer is not None:
                 peers["pip rwkv"] = lambda peer=peer, ids=ids: peer.forward(ids[0].tolist(), None)
             with plain():
                 wanted = ours()

@@ -326,6 +326,15 @@ def test_goes_on_from_any_state(dtype):
 
 
 @needs_kernel
+def test_embeddings_may_be_a_view_of_more():
+    model = language_model()
+    embeds, state = torch.randn(3, 4, 128), prefix(model, 3)
+    with torch.no_grad():
+        view = decoding.step(model, embeds[:, 2:3], state.clone())
+        assert torch.equal(view, decoding.step(model, embeds[:, 2:3].contiguous(), state))
+
+
+@needs_kernel
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 @torch.no_grad()
 def test_head_without_a_copy(dtype, limit):

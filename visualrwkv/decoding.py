@@ -53,7 +53,7 @@ def step(model: nn.Module, embeds: Tensor, state: RWKVState) -> Tensor | None:
         return None
     memory = [tensor.contiguous() for layer in state.layers for tensor in layer]
     done = torch.ops.visualrwkv.rwkv6_step(
-        embeds[:, 0], weights, plan.scales(), memory, plan.heads, plan.norm_eps, plan.head_eps
+        embeds[:, 0].contiguous(), weights, plan.scales(), memory, plan.heads, plan.norm_eps, plan.head_eps
     )
     if not done:
         return None
