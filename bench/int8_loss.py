@@ -12,7 +12,7 @@ import torch
 import visualrwkv
 from bench.real_size import surroundings
 from visualrwkv.data import Collator, encode_sample, pixels
-from visualrwkv.ops.int8 import Int8Linear
+from visualrwkv.ops.int8 import quantize_linears
 from visualrwkv.prompt import Turn
 from visualrwkv.scenes.drawing import draw
 from visualrwkv.scenes.questions import questions
@@ -54,12 +54,12 @@ def main() -> int:
     for name, dtype, quantize in (
         ("float32", "float32", None),
         ("bfloat16", "bfloat16", None),
-        ("int8 layers, rest bfloat16", "bfloat16", "int8"),
+        ("int8 layers, rest bfloat16", "bfloat16", "layers"),
         ("int8 layers and head, rest bfloat16", "bfloat16", "int8"),
     ):
-        vlm = visualrwkv.load(dtype=dtype, quantize=quantize)
-        if "head" in name:
-            vlm.model.rwkv.head = Int8Linear.of(vlm.model.rwkv.head)
+        vlm = visualrwkv.load(dtype=dtype, quantize="int8" if quantize == "int8" else None)
+        if quantize == "layers":
+            quantize_linears(vlm.model.rwkv.blocks)
         results[name] = loss(vlm, samples)
         print(f"{name:40} {results[name]:.5f}", flush=True)
     if options.out:

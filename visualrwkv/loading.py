@@ -36,8 +36,9 @@ def load(
             (bfloat16 in the official ones).
         prompt: where the picture stands, "sandwich", "first" or "last"; by default what the checkpoint says.
         scan: how the layers read patches, "bi", "uni" or "multi"; by default what the checkpoint says.
-        quantize: None, or "int8": the matrices of the language model's layers become weights of eight bits with a scale
-            per row; embedding, head, tower and projector stay as they are. For inference; such a model is not saved.
+        quantize: None, or "int8": the matrices of the language model's layers and its head become weights of eight bits
+            with a scale per row; embedding, tower and projector stay as they are. For inference; such a model is not
+            saved.
 
     Returns:
         A `VisualRWKV`.
@@ -216,7 +217,7 @@ def _quantized(model, quantize):
     if quantize == "int8":
         from visualrwkv.ops.int8 import quantize_linears
 
-        quantize_linears(model.rwkv.blocks)
+        quantize_linears(model.rwkv)
     return model
 
 
