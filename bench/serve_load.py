@@ -154,7 +154,7 @@ def burst(address, cases):
 
 
 def health(address):
-    connection = http.client.HTTPConnection(*address, timeout=60)
+    connection = http.client.HTTPConnection(*address, timeout=300)
     connection.request("GET", "/health")
     return json.loads(connection.getresponse().read())
 
