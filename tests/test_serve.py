@@ -436,7 +436,7 @@ def web(picture_file, monkeypatch):
 
 
 def test_remote_pictures_within_limits(web, pictures):
-    assert list(requests.open_source(web + "/picture", REMOTE, 10**6).getdata()) == list(pictures[0].getdata())
+    assert requests.open_source(web + "/picture", REMOTE, 10**6).tobytes() == pictures[0].tobytes()
     for page, words in (("/moved", "redirects"), ("/large", "larger"), ("/slow", "more than 1 s")):
         with pytest.raises(InputError, match=words):
             requests.open_source(web + page, REMOTE, 10**6)
