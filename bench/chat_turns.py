@@ -45,7 +45,7 @@ def run(repeats: int) -> dict:
     chat = vlm.chat()
     chat.say(QUESTION, images=picture, seed=0, **options)
     turns = []
-    for number in range(2, TURNS + 1):
+    for _ in range(TURNS - 1):
         best, wall, tokens = float("inf"), float("inf"), 0
         for repeat in range(repeats):
             if repeat:
