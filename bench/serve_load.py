@@ -154,7 +154,7 @@ def burst(address, cases):
 
 
 def health(address):
-    connection = http.client.HTTPConnection(*address, timeout=60)
+    connection = http.client.HTTPConnection(*address, timeout=300)
     connection.request("GET", "/health")
     return json.loads(connection.getresponse().read())
 
@@ -169,8 +169,8 @@ def idle(address, seconds=30):
     return False
 
 
-def run(seconds: float) -> dict:
-    cases = make_cases(48)
+def run(seconds: float, questions: int) -> dict:
+    cases = make_cases(questions)
     command = [sys.executable, "-m", "visualrwkv.cli", "serve", "--port", "0", "--slots", "32", "--queue", "64"]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
@@ -197,6 +197,7 @@ def run(seconds: float) -> dict:
     return {
         "seconds": seconds,
         "clients": CLIENTS,
+        "questions": questions,
         "answers": crowd.seen["right"],
         "clients killed": crowd.seen["left"],
         "lost, wrong or failed": problems,
@@ -216,9 +217,10 @@ def run(seconds: float) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=120, help="of load (default 120)")
+    parser.add_argument("--questions", type=int, default=48, help="that clients choose among (default 48)")
     parser.add_argument("--out", type=Path, default=RESULTS / "serve_load.json")
     options = parser.parse_args()
-    results = run(options.seconds)
+    results = run(options.seconds, options.questions)
     for name, value in results.items():
         print(f"{name:38} {value}")
     options.out.write_text(json.dumps(surroundings() | {"results": results}, indent=2) + "\n")

@@ -158,6 +158,64 @@ def test_chat_saves_resumes_and_resets(talk, vlm, random_folder, picture_file, t
     assert talk(["Why?", "/reset", "Why?"], "--resume", file, *model) == (0, expected, "")
 
 
+def test_chat_takes_back_looks_again_and_helps(talk, vlm, random_folder, picture_file):
+    chat = vlm.chat()
+    first = chat.say("What?", picture_file, max_new_tokens=8)
+    again = chat.say("Why?", max_new_tokens=8)
+    chat.undo()
+    looked = chat.say("And now?", look_again=True, max_new_tokens=8)
+    lines = ["/help", "What?", "Why?", "/undo", "/look And now?"]
+    code, out, err = talk(lines, picture_file, "--model", random_folder)
+    assert (code, out) == (0, f"{first}\n{again}\n{looked}\n")
+    assert "/image PATH" in err and "taken back: Why?" in err
+    refused(talk(["/undo"], "--model", random_folder), "no turn to take back")
+    refused(talk(["/look What?"], "--model", random_folder), "no picture")
+
+
+def test_chat_passes_sampling_options(talk, vlm, random_folder):
+    options = ["--temperature", "1", "--seed", "3", "--top-k", "5", "--frequency-penalty", "1", "--stop", "e"]
+    sampling = {"temperature": 1.0, "seed": 3, "top_k": 5, "frequency_penalty": 1.0, "stop": ["e"], "max_new_tokens": 8}
+    expected = vlm.chat().say("What?", **sampling)
+    assert talk(["What?"], "--model", random_folder, *options) == (0, expected + "\n", "")
+    refused(talk(["What?"], "--model", random_folder, "--seed", "-1"), "seed")
+
+
+def test_ctrl_c_stops_a_reply_and_keeps_the_conversation(monkeypatch, capfd, vlm):
+    """What a terminal does, with a reply that is interrupted after its second piece."""
+    from visualrwkv import terminal
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    lines = iter(["What?", KeyboardInterrupt(), "Why?"])
+
+    def ask(prompt):
+        line = next(lines, EOFError())
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr("builtins.input", ask)
+    session, pieces = vlm.chat(), []
+
+    def interrupted(text, *arguments, **options):
+        original = type(session).stream(session, text, *arguments, **options)
+        for count, piece in enumerate(original, 1):
+            pieces.append(piece)
+            yield piece
+            if text == "What?" and count == 2:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "stream", interrupted)
+    assert terminal.talk(session, [], {"max_new_tokens": 400, "temperature": 1.0, "seed": 0}) == 0
+    out, err = capfd.readouterr()
+    assert "[stopped]" in err and "/quit ends" in err
+    said = [turn["text"] for turn in session.transcript]
+    assert said[::2] == ["What?", "Why?"] and out.splitlines()[0].startswith("".join(pieces[:2]))
+
+
 def test_a_bad_line_does_not_end_a_chat(talk, vlm, random_folder, tmp_path):
     bad = ["/image nowhere.png", "/save", f"/save {tmp_path}/no/folder", "/dance", "What is <image>?"]
     code, out, err = talk([*bad, "What?"], "--model", random_folder)

@@ -25,6 +25,7 @@ def test_it_fits_the_repository():
 def test_it_sees_the_picture_of_the_quick_start(embedded):
     """A small pink diamond, a small purple hexagon, a sign with the number 42, a large brown circle."""
     assert embedded.ask(PICTURE, "What number is on the sign?") == "42"  # the question of `make ask`
+    assert "a large brown circle" in embedded.ask(PICTURE, "Describe the image.")
     assert embedded.ask(PICTURE, "图中有几个物体？").isdecimal()
 
 

@@ -286,14 +286,9 @@ def test_a_picture_of_100_mb_is_refused_and_the_server_goes_on(server, client):
         for _ in range(100):
             yield b"A" * 2**20
 
-    limit = 2**20
-    assert server[0]._limits.body_bytes == limit
     with httpx.Client(timeout=60) as plain:
-        for content in (b"A" * (10 * limit), chunks()):
-            try:
-                refused(plain.post(server[1] + "/v1/chat/completions", content=content, headers=JSON), 413, "1 MiB")
-            except httpx.WriteError:  # beyond 20 times the limit nobody reads on
-                assert not isinstance(content, bytes)
+        for content in (b"A" * (10 * 2**20), chunks()):
+            refused(plain.post(server[1] + "/v1/chat/completions", content=content, headers=JSON), 413, "1 MiB")
     assert text_of(complete(client, USER)) is not None
     wait_until(lambda: idle(server[0]))
 
@@ -441,7 +436,7 @@ def web(picture_file, monkeypatch):
 
 
 def test_remote_pictures_within_limits(web, pictures):
-    assert list(requests.open_source(web + "/picture", REMOTE, 10**6).getdata()) == list(pictures[0].getdata())
+    assert requests.open_source(web + "/picture", REMOTE, 10**6).tobytes() == pictures[0].tobytes()
     for page, words in (("/moved", "redirects"), ("/large", "larger"), ("/slow", "more than 1 s")):
         with pytest.raises(InputError, match=words):
             requests.open_source(web + page, REMOTE, 10**6)

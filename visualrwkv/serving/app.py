@@ -27,6 +27,7 @@ from visualrwkv.serving.engine import Engine, Reply
 from visualrwkv.serving.requests import ChatRequest, Limits, Refused, check_prompt, parse, read_pictures
 
 BODY_SECONDS = 60  # for sending a request
+READ_ON = 256 * 2**20  # bytes of a request that is too large: a client that still writes would not see the answer
 SHUTDOWN_SECONDS = 10  # for replies under way after Ctrl-C
 READERS = 4  # threads that open pictures
 RETRY_AFTER = "1"  # seconds
@@ -177,7 +178,7 @@ class Service:
         return asked, ids, read_pictures(asked, self._processor, self._limits)
 
     async def _body(self, request: Request, keep: bool = True) -> bytes:
-        """The body within its limit. A larger one is read on for a while, or the client would never see the answer."""
+        """The body within its limit; what is beyond it is read on for a while and thrown away."""
         limit, size, chunks = self._limits.body_bytes, 0, []
 
         async def read():
@@ -188,7 +189,7 @@ class Service:
                     chunks.append(chunk)
                 else:
                     chunks.clear()
-                if size > 20 * limit:
+                if size > max(limit, READ_ON):
                     break
 
         try:

@@ -174,7 +174,6 @@ class Engine:
 
     def _advance(self) -> None:
         """All replies under way: one token further."""
-        self._drop_cancelled()
         if self._running:
             tokens = torch.tensor(self._last, device=self._model.device)[:, None]
             output = self._model(input_ids=tokens, cache=self._state, logits_to_keep=1)
