@@ -666,7 +666,8 @@ def test_the_command_serves_on_this_machine_alone_and_cleans_up(random_folder, t
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
+        # a demo within this process has claimed Gradio's folder for itself
+        env={**os.environ, "TMPDIR": str(tmp_path), "GRADIO_TEMP_DIR": str(tmp_path)},
     )
     try:
         line = demo.stdout.readline()

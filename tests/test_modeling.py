@@ -198,7 +198,7 @@ def test_generated_tokens_without_an_image(model, grid):
             tokens.append(model.rwkv.head(hidden[0, -1]).argmax().item())
             hidden, state = model.rwkv(model.rwkv.emb(torch.tensor([[tokens[-1]]])), state)
         assert tokens == case["tokens"]
-        assert error(model(ids).logits, model.rwkv.head(model.rwkv(model.rwkv.emb(ids))[0])) == 0
+        assert error(model(ids).logits, model.rwkv.logits(model.rwkv(model.rwkv.emb(ids))[0])) == 0
 
 
 def test_a_sample_alone_equals_the_recorded_row_that_needed_no_padding(model, grid):
