@@ -168,6 +168,8 @@ def test_chat_takes_back_looks_again_and_helps(talk, vlm, random_folder, picture
     code, out, err = talk(lines, picture_file, "--model", random_folder)
     assert (code, out) == (0, f"{first}\n{again}\n{looked}\n")
     assert "/image PATH" in err and "taken back: Why?" in err
+    code, out, err = talk(["Why?", "/undo", "What?"], picture_file, "--model", random_folder)
+    assert out.splitlines()[-1] == first  # the picture of the question that was taken back is shown again
     refused(talk(["/undo"], "--model", random_folder), "no turn to take back")
     refused(talk(["/look What?"], "--model", random_folder), "no picture")
 

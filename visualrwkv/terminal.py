@@ -6,15 +6,17 @@ carries the conversation alone.
 
 import contextlib
 import sys
+from collections import deque
 from typing import Any
 
 from visualrwkv.errors import InputError, error_line
 from visualrwkv.image_processing import load_image
+from visualrwkv.session import UNDO_LIMIT
 
 HELP = """\
 /image PATH      shows a picture with the next question; several may be shown together
 /look QUESTION   shows the latest pictures once more, together with the question
-/undo            takes back the last question and its reply
+/undo            takes back the last question and its reply; its pictures wait for the next question
 /save FILE       writes the conversation; visualrwkv chat --resume FILE goes on with it
 /reset           forgets everything
 /help            this list
@@ -63,10 +65,11 @@ def _next_line(person: bool) -> str | None:
 
 
 class _Conversation:
-    """The session, and the pictures that wait for the next question."""
+    """The session, the pictures that wait for the next question, and those that came with the latest ones."""
 
     def __init__(self, session, pictures, sampling, person):
         self._session, self._pictures, self._sampling, self._person = session, pictures, sampling, person
+        self._shown = deque(maxlen=UNDO_LIMIT)
 
     def hear(self, line: str) -> bool:
         """Do what a line says; returns whether to go on."""
@@ -84,12 +87,14 @@ class _Conversation:
             self._say(_needed(rest, "/look needs a question"), look_again=True)
         elif command == "/undo":
             taken = self._session.undo()
+            self._pictures = self._shown.pop() + self._pictures
             print(f"taken back: {taken['text']}", file=sys.stderr)
         elif command == "/save":
             self._session.save(_needed(rest, "/save needs the name of a file to write"))
         elif command == "/reset":
             self._session.reset()
             self._pictures = []
+            self._shown.clear()
         elif command.startswith("/"):
             raise InputError(f"{command} is not a command; /help lists those that exist")
         else:
@@ -108,6 +113,7 @@ class _Conversation:
             print(" [stopped]", end="", file=sys.stderr)
         finally:
             print(flush=True)
+        self._shown.append(self._pictures)
         self._pictures = []
 
 
