@@ -204,7 +204,7 @@ class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, GenerationMi
         length, tokens_per_image = embeds.shape[1], self.config.num_image_tokens
         images = [] if starts is None else starts[:, 1].tolist()
         whole = torch.is_grad_enabled() or not self.prefill_chunk
-        hidden = None
+        parts = []
         for begin, end in pieces(length, length if whole else self.prefill_chunk, images, tokens_per_image):
             orders = None
             inside = [n for n, first in enumerate(images) if begin <= first < end]
@@ -215,9 +215,10 @@ class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, GenerationMi
                 orders = layer_orders(self.config.scan, layers, patches, self.config.feature_grid, shape)
             part = None if mask is None else mask[:, begin:end]
             piece, state = self.rwkv(embeds[:, begin:end], state, part, orders)
-            hidden = piece if hidden is None else torch.cat([hidden, piece], 1)
-            hidden = hidden[:, -keep:] if keep else hidden
-        return hidden, state
+            parts.append(piece)
+            if keep:
+                parts = [torch.cat(parts, 1)[:, -keep:]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1), state
 
     def save_pretrained(self, *args, **kwargs):
         """As in transformers; a model with int8 weights is refused, since nothing could read the folder."""
