@@ -231,6 +231,15 @@ def test_relations_can_be_narrowed_down(vlm):
     assert answers == {"yes", "no"}
 
 
+def test_choices_can_be_narrowed_down(vlm):
+    scenes = ScenesData(kinds={"choice": 1}, bases=["colour", "shape"], options=[2], chinese=0, turns=(1, 1))
+    dataset = ScenesDataset(scenes, vlm.processor, 2000, 40)
+    for i in range(30):
+        question, answer = dataset.conversation(i)[1]
+        assert "color" in question.text or "colour" in question.text or "shape" in question.text
+        assert "\nB. " in question.text and "\nC. " not in question.text and answer.text in ("A", "B")
+
+
 def test_collator_pads_on_the_right_to_a_multiple_of_16():
     items = [
         {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "pixel_values": torch.zeros(2, 3, 4, 4)},

@@ -231,6 +231,8 @@ def test_a_photograph(open_page):
     page = open_page()
     page.locator("#camera").click()
     page.locator("#viewfinder [title='grant webcam access'] button").click()
+    # Before its first frame has come, the page leaves a click on the shutter unheard.
+    page.wait_for_function("document.querySelector('#viewfinder video')?.videoWidth > 0")
     page.locator("#viewfinder button[aria-label='capture photo']").click()
     page.locator("#box .thumbnail-item").first.wait_for()
     ask(page, COLOUR)

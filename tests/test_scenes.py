@@ -258,6 +258,37 @@ def test_an_independent_reader_agrees(many, language, vary):
     assert set(kinds) == set(scenes.KINDS) and min(kinds.values()) > 60
 
 
+def test_a_told_choice_says_its_answer(many):
+    for seed, scene in enumerate(many[:200]):
+        question = scenes.ask(scene, random.Random(seed), "told", ("en", "zh")[seed % 2])
+        asked, *options, _ = question.text.split("\n")
+        letter, said = next(option for option in options if option.startswith(question.answer)).split(". ", 1)
+        assert letter == question.answer and asked.endswith(f" {said}")
+
+
+def test_places_are_seen_from_the_middle_or_from_another_object(many):
+    """An independent reading of the picture's list of objects: the axis along which two centres differ most decides."""
+    opposite = {"left": "right", "right": "left", "above": "below", "below": "above"}
+    answers, asked = Counter(), Counter()
+    for seed, scene in enumerate(many):
+        question = scenes.ask(scene, random.Random(seed), "place", vary=0, short_line=0)
+        if question is None:
+            continue
+        named = {f"{a.colour} {a.shape}": a for a in scene.shapes} | {a.key: a for a in scene.shapes}
+        name, other = re.fullmatch(r"Where is the (.+?)(?:, seen from the (.+))?\?", question.text).groups()
+        a = named[name]
+        x, y = (named[other].cx, named[other].cy) if other else (scene.width / 2, scene.height / 2)
+        dx, dy = a.cx - x, a.cy - y
+        told = ("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("below" if dy > 0 else "above")
+        assert question.answer == told and question.answer in opposite
+        assert max(abs(dx), abs(dy)) >= 0.15 * min(scene.width, scene.height)
+        answers[told] += 1
+        asked[other is None] += 1
+        chinese = scenes.ask(scene, random.Random(seed), "place", "zh", vary=0)
+        assert chinese.answer in ("左边", "右边", "上面", "下面")
+    assert set(answers) == set(opposite) and min(asked.values()) > 50
+
+
 def test_usual_wordings():
     a = Object("red", "circle", "small", COLOURS["red"], 30, 100, 30)
     b = Object("orange", "star", "large", COLOURS["orange"], 150, 100, 56)
@@ -367,7 +398,7 @@ def test_short_line_and_refusals(many):
     with pytest.raises(InputError, match="weight"):
         scenes.conversation(scene, random.Random(0), 1, kinds={"count": 0})
     with pytest.raises(InputError, match="base"):
-        scenes.ask(scene, random.Random(0), "choice", base="describe")
+        scenes.ask(scene, random.Random(0), "choice", bases=("describe",))
 
 
 # --- whole-picture texts

@@ -197,7 +197,7 @@ class Curriculum:
         length: samples of the whole run, for ends that are given as fractions.
     """
 
-    FIELDS = ("objects", "kinds", "turns", "sign_probability", "zoom", "relations")
+    FIELDS = ("objects", "kinds", "turns", "sign_probability", "zoom", "relations", "bases", "options")
 
     def __init__(self, scenes, length):
         self.base = {name: getattr(scenes, name) for name in self.FIELDS}
@@ -271,7 +271,7 @@ class ScenesDataset(Dataset):
         object): then the next scene of the same random stream is taken.
         """
         from visualrwkv.prompt import Turn
-        from visualrwkv.scenes.questions import KIND_WEIGHTS, conversation
+        from visualrwkv.scenes.questions import KIND_WEIGHTS, OPTIONS, SHORT_KINDS, conversation
         from visualrwkv.scenes.world import scene_rng
 
         scenes, settings = self.scenes, self.curriculum(index)
@@ -288,6 +288,8 @@ class ScenesDataset(Dataset):
                 vary=scenes.vary,
                 short_line=scenes.short_line,
                 relations=settings["relations"],
+                bases=tuple(settings["bases"] or SHORT_KINDS),
+                options=tuple(settings["options"] or OPTIONS),
             )
             if questions:
                 break

@@ -129,6 +129,8 @@ def _question_texts(language):
         + [{"a": things[0], "b": things[0], "where": place} for place in places],
         "neighbour": [{"a": name, "where": places[i % len(places)]} for i, name in enumerate(names)]
         + [{"a": name, "where": place} for name in names[:1] for place in places],
+        "place": [{"a": name} for name in names],
+        "seen_from": [{"a": name, "b": name} for name in names],
         "larger": [{"a": name, "b": name} for name in names],
         "smaller": [{"a": name, "b": name} for name in names],
         "read": [{"t": kind} for kind in TEXT_KIND[language].values()],
@@ -146,7 +148,7 @@ def _question_texts(language):
 def _answer_texts(language):
     answers = [object_name(language, c, s) for c, s in product(COLOURS, SHAPES)]
     answers += [phrases.WORDS[language][word] for word in _all_words()]
-    answers += [*phrases.YES_NO[language].values(), *SIGN_TEXTS, *LETTERS]
+    answers += [*phrases.YES_NO[language].values(), *phrases.DIRECTION_WORDS[language].values(), *SIGN_TEXTS, *LETTERS]
     yield from answers
     for letter, answer in product(LETTERS, answers):
         yield f"\n{letter}. {answer}\n{letter}. {answer}\n{CHOICE_LINES[language]}"

@@ -9,6 +9,7 @@ of which a sample holds one at most).
 from collections import Counter
 from dataclasses import dataclass
 from itertools import permutations
+from typing import NamedTuple
 
 from visualrwkv.scenes import phrases
 from visualrwkv.scenes.world import COLOURS, SHAPES, SIGN_TEXTS, Sign
@@ -31,6 +32,13 @@ class Draft:
     b: tuple | None = None
     where: str | None = None
     wrong: tuple = ()
+
+
+class Point(NamedTuple):
+    """A place in a picture, in pixels."""
+
+    cx: float
+    cy: float
 
 
 def direction(scene, a, b):
@@ -214,6 +222,27 @@ def _relation(names, rng, accept, vary):
     return _pick(drafts, rng, accept)
 
 
+def _place(names, rng, accept, vary):
+    """Where an object is, seen from another one or from the middle of the picture: what a relation is made of."""
+    drafts, scene = [], names.scene
+    middle = Point(scene.width / 2, scene.height / 2)
+    for a in scene.shapes:
+        i, reference = names.index[a.key], names.reference(a, rng, 0.2 * vary)
+        for b in (None, *scene.shapes):
+            where = direction(scene, a, b or middle) if b is not a else None
+            if where is None:
+                continue
+            if b is None:
+                asks, references = _positions(where, i), (reference,)
+            else:
+                asks = _positions(where, i, names.index[b.key])
+                references = reference, names.reference(b, rng, 0.2 * vary)
+            facts = names.facts(*zip((a, b), references, strict=False)) | asks
+            phrase = "place" if b is None else "seen_from"
+            drafts.append(Draft("place", ("direction", where), facts, asks, phrase, *references))
+    return _pick(drafts, rng, accept)
+
+
 def _neighbour(names, rng, accept, vary):
     drafts = []
     for a in names.scene.shapes:
@@ -291,6 +320,7 @@ BUILDERS = {
     "existence": _existence,
     "count": _count,
     "relation": _relation,
+    "place": _place,
     "neighbour": _neighbour,
     "compare": _compare,
     "read": _read,

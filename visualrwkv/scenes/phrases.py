@@ -83,6 +83,10 @@ DIRECTIONS = {
         "below": ("下面", "下方", "下边"),
     },
 }
+DIRECTION_WORDS = {
+    "en": {where: where for where in ("left", "right", "above", "below")},
+    "zh": {where: usual for where, (usual, *_) in DIRECTIONS["zh"].items()},
+}
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 PHRASES = {
@@ -126,6 +130,16 @@ PHRASES = {
             "In the image, is the {a} {where} the {b}?",
             "Is the {a} located {where} the {b}?",
             "Can you see the {a} {where} the {b}?",
+        ),
+        "place": (
+            "Where is the {a}?",
+            "Where in the image is the {a}?",
+            "Where do you see the {a}?",
+        ),
+        "seen_from": (
+            "Where is the {a}, seen from the {b}?",
+            "Seen from the {b}, where is the {a}?",
+            "Compared with the {b}, where is the {a}?",
         ),
         "neighbour": (
             "What is {where} the {a}?",
@@ -199,6 +213,14 @@ PHRASES = {
             "图中{a}在{b}的{where}吗？",
             "{a}是不是在{b}的{where}？",
             "{a}是在{b}{where}吗？",
+        ),
+        "place": (
+            "{a}在图中的哪里？",
+            "{a}在哪里？",
+        ),
+        "seen_from": (
+            "{a}在{b}的哪里？",
+            "相对于{b}，{a}在哪里？",
         ),
         "neighbour": (
             "{a}的{where}是什么？",

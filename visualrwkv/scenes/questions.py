@@ -16,6 +16,10 @@ from visualrwkv.scenes.world import COLOURS, SHAPES
 
 SHORT_KINDS = ("colour", "shape", "existence", "count", "relation", "neighbour", "compare", "read")
 KINDS = (*SHORT_KINDS, "choice", "describe")
+# Only learnt from, never scored: steps towards a kind that is hard to learn at once. "place" asks for the word that a
+# relation asks to confirm; "told" is a choice that says its answer, so that only the letter is left to be found.
+LESSONS = ("place", "told")
+OPTIONS = (2, 3, 4, 4, 4, 5)
 # How often a kind is tried first when a sample is filled.
 KIND_WEIGHTS = {
     "colour": 1.0,
@@ -53,22 +57,22 @@ class Question:
         return not (self.facts & other.asks or other.facts & self.asks)
 
 
-def ask(scene, rng, kind, language="en", *, vary=0.5, short_line=0.5, base=None, accept=None):
+def ask(scene, rng, kind, language="en", *, vary=0.5, short_line=0.5, bases=SHORT_KINDS, options=OPTIONS, accept=None):
     """One question of a kind, or None where the scene allows none.
 
     Args:
         rng: a ``random.Random``.
-        kind: one of ``KINDS``.
+        kind: one of ``KINDS`` or ``LESSONS``.
         language: "en" or "zh".
         vary: share of questions in another wording than the usual one.
         short_line: share of English short-answer questions that end with the line asking for a word or phrase.
-        base: the kind that a "choice" is made of; None takes any that the scene allows.
+        bases: the kinds that a "choice" may be made of (a tuple).
+        options: numbers of options that a "choice" may have, each as often as it is given.
         accept: a function of an object with ``facts`` and ``asks``; only questions that it accepts are asked.
     """
-    if kind not in KINDS:
-        raise InputError(f"kind of question {kind!r} is not known; use some of {', '.join(KINDS)}")
-    if base is not None and (kind != "choice" or base not in SHORT_KINDS):
-        raise InputError(f"base {base!r} goes with kind 'choice' alone and is one of {', '.join(SHORT_KINDS)}")
+    if kind not in KINDS + LESSONS:
+        raise InputError(f"kind of question {kind!r} is not known; use some of {', '.join(KINDS + LESSONS)}")
+    _checked(bases, SHORT_KINDS, "base of a choice")
     if language not in LANGUAGES:
         raise InputError(f"language {language!r} is not known; use en or zh")
     if kind == "describe":
@@ -77,19 +81,18 @@ def ask(scene, rng, kind, language="en", *, vary=0.5, short_line=0.5, base=None,
         return Question(kind, language, text, describe(scene, language), facts=everything, asks=everything)
     accept = accept or (lambda draft: True)
     names = Names(scene)
-    if kind != "choice":
-        draft = BUILDERS[kind](names, rng, accept, vary)
-    else:
-        draft = None
-        for name in [base] if base else rng.sample(SHORT_KINDS, len(SHORT_KINDS)):
-            draft = draft or BUILDERS[name](names, rng, accept, vary)
+    multiple = kind in ("choice", "told")
+    draft = None
+    for name in [kind] if not multiple else bases if len(bases) == 1 else rng.sample(bases, len(bases)):
+        draft = draft or BUILDERS[name](names, rng, accept, vary)
     if draft is None:
         return None
     text = _wording(draft, scene, rng, language, vary)
     answer = _spoken(draft.answer, language)
     facts, asks = frozenset(draft.facts), frozenset(draft.asks)
-    if kind == "choice":
-        options = _options(draft, rng, language, answer)
+    if multiple:
+        options = _options(draft, rng, language, answer, options)
+        text = f"{text} {answer}" if kind == "told" else text
         letter = LETTERS[options.index(answer)]
         lines = [text, *(f"{LETTERS[i]}. {option}" for i, option in enumerate(options)), CHOICE_LINES[language]]
         return Question(kind, language, "\n".join(lines), letter, options, draft.kind, facts, asks)
@@ -152,13 +155,15 @@ def _spoken(answer, language):
         return usual_word(language, value)
     if kind == "name":
         return object_name(language, *value)
+    if kind == "direction":
+        return phrases.DIRECTION_WORDS[language][value]
     if kind in ("existence", "relation"):
         return phrases.YES_NO[language][kind, value]
     return str(value)
 
 
-def _options(draft, rng, language, answer):
-    """Two to five options in random order, the right one among them."""
+def _options(draft, rng, language, answer, counts):
+    """As many options as one of ``counts`` says, where there are so many, in random order, the right one among them."""
     kind = draft.answer[0]
     wrong = [said for said in (_spoken((kind, value), language) for value in draft.wrong) if said != answer]
     if kind == "name":
@@ -167,8 +172,7 @@ def _options(draft, rng, language, answer):
         wrong = few
     else:
         rng.shuffle(wrong)
-    count = rng.choice((2, 3, 4, 4, 4, 5))
-    options = [answer, *wrong[: count - 1]]
+    options = [answer, *wrong[: rng.choice(counts) - 1]]
     rng.shuffle(options)
     return tuple(options)
 
@@ -189,7 +193,17 @@ def questions(scene, rng, kinds=KINDS, languages=LANGUAGES, *, vary=0.5, short_l
 
 
 def conversation(
-    scene, rng, turns, *, kinds=KIND_WEIGHTS, languages=LANGUAGES, vary=0.5, short_line=0.5, relations=DIRECTIONS
+    scene,
+    rng,
+    turns,
+    *,
+    kinds=KIND_WEIGHTS,
+    languages=LANGUAGES,
+    vary=0.5,
+    short_line=0.5,
+    relations=DIRECTIONS,
+    bases=SHORT_KINDS,
+    options=OPTIONS,
 ):
     """Questions for one training sample, none of which gives away another's answer.
 
@@ -197,7 +211,7 @@ def conversation(
         rng: a ``random.Random``.
         turns: the most questions wanted; a scene of few objects holds fewer. A description always stands alone.
         kinds, languages: weights by name, or names that weigh the same.
-        vary, short_line: as in ``ask``.
+        vary, short_line, bases, options: as in ``ask``.
         relations: which of left, right, above and below questions of the kind relation may name.
 
     Returns:
@@ -205,7 +219,7 @@ def conversation(
     """
     if turns < 1:
         raise InputError(f"{turns} turns asked for; a conversation has at least 1")
-    pool, weights = _checked(kinds, KINDS, "kind of question")
+    pool, weights = _checked(kinds, KINDS + LESSONS, "kind of question")
     speakers, speaker_weights = _checked(languages, LANGUAGES, "language")
     places, _ = _checked(relations, DIRECTIONS, "relation")
     chosen, remaining = [], dict(zip(pool, weights, strict=True))
@@ -218,7 +232,17 @@ def conversation(
     while remaining and len(chosen) < turns:
         kind = rng.choices(tuple(remaining), tuple(remaining.values()))[0]
         language = rng.choices(speakers, speaker_weights)[0]
-        question = ask(scene, rng, kind, language, vary=vary, short_line=short_line, accept=accept)
+        question = ask(
+            scene,
+            rng,
+            kind,
+            language,
+            vary=vary,
+            short_line=short_line,
+            bases=bases,
+            options=options,
+            accept=accept,
+        )
         if question is None:
             del remaining[kind]
             continue

@@ -202,7 +202,7 @@ def _picture_problem(seed, part, index):
     question = None
     while question is None:
         scene = sample_scene(rng, split=part, min_objects=2)
-        question = ask(scene, rng, "choice", "en", base=kind)
+        question = ask(scene, rng, "choice", "en", bases=(kind,))
     hint = "Look at the picture." if rng.random() < 0.3 else ""
     text = question.text.split("\n")[0]
     answer = phrases.LETTERS.index(question.answer)
