@@ -37,7 +37,7 @@ def decoder(model, state, count=TOKENS):
             for _ in range(count):
                 hidden, now = model(model.emb(token), now)
                 logits = model.logits(hidden)
-                token = logits[:, -1].argmax(-1, keepdim=True)
+                token = logits[:, -1].float().argmax(-1, keepdim=True)  # as `generate` does
         return logits
 
     return run

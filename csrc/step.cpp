@@ -9,9 +9,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <optional>
 #include <string>
-#include <utility>
 #include <vector>
 
 #ifdef _OPENMP
@@ -224,29 +224,22 @@ Tensor small_linear(const Tensor& x, const Tensor& weight, const std::optional<T
 }
 
 // Moves weights to huge pages, where the system has them: a token reads every page once, and with pages of 4 KB it waits
-// for their addresses. The contents stay; where it cannot be done nothing happens.
+// for their addresses, longest in a virtual machine. Small tensors stand between other things, so it goes by the page:
+// one of which weights take a quarter is worth moving. The contents stay; where it cannot be done nothing happens.
 void use_huge_pages(at::TensorList weights) {
 #ifdef __linux__
-  constexpr uintptr_t page = 2 << 20, gap = 1 << 16;
+  constexpr uintptr_t page = 2 << 20;
   constexpr int collapse = 25;  // MADV_COLLAPSE, since Linux 6.1; older C libraries do not name it
-  std::vector<std::pair<uintptr_t, uintptr_t>> runs, places;
+  std::map<uintptr_t, uintptr_t> taken;  // bytes of weights in each page
   for (const Tensor& t : weights)
     if (t.device().is_cpu() && t.is_contiguous()) {
-      const uintptr_t at = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-      places.emplace_back(at, at + t.nbytes());
+      const uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr()), end = begin + t.nbytes();
+      for (uintptr_t at = begin / page * page; at < end; at += page)
+        taken[at] += std::min(end, at + page) - std::max(begin, at);
     }
-  std::sort(places.begin(), places.end());
-  for (const auto& place : places) {  // neighbours share pages
-    if (runs.empty() || place.first > runs.back().second + gap)
-      runs.push_back(place);
-    else
-      runs.back().second = std::max(runs.back().second, place.second);
-  }
-  for (const auto& run : runs) {
-    const uintptr_t begin = (run.first + page - 1) / page * page, end = run.second / page * page;
-    if (begin < end && madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) == 0)
-      madvise(reinterpret_cast<void*>(begin), end - begin, collapse);
-  }
+  for (const auto& [at, bytes] : taken)
+    if (bytes >= page / 4 && madvise(reinterpret_cast<void*>(at), page, MADV_HUGEPAGE) == 0)
+      madvise(reinterpret_cast<void*>(at), page, collapse);
 #endif
 }
 

@@ -210,23 +210,39 @@ void product(
     product_of(static_cast<const int8_t*>(w.data), w.scale, w.columns, x, x_stride, batch, y, y_stride, begin, end);
 }
 
-// out[begin, end) += sum over rows i < count of x[i] * w[i], the rows `stride` apart.
+// out[0, K vectors) += sum over rows i < count of x[i] * w[i], the rows `stride` apart.
+template <typename E, int K>
+VISUALRWKV_INLINE void add_rows_block(
+    float* __restrict__ out, const E* __restrict__ w, int64_t stride, const float* __restrict__ x, int64_t count) {
+  V sums[K];
+  for (int k = 0; k < K; k++) sums[k] = load(out + k * W);
+  for (int64_t i = 0; i < count; i++, w += stride)
+    for (int k = 0; k < K; k++) sums[k] += load_as_float(w + k * W) * x[i];
+  for (int k = 0; k < K; k++) store(out + k * W, sums[k]);
+}
+
+// The same for out[begin, end).
 template <typename E>
 void add_rows(
     float* __restrict__ out, const E* __restrict__ w, int64_t stride, const float* x, int64_t count, int64_t begin,
     int64_t end) {
-  int64_t i = 0;
-  for (; i + 4 <= count; i += 4) {
-    const E* row = w + i * stride;
-    each(begin, end, [&](int64_t n, auto lanes) {
-      set(out + n, get(out + n, lanes) + (get(row + n, lanes) * x[i] + get(row + stride + n, lanes) * x[i + 1]) +
-                       (get(row + 2 * stride + n, lanes) * x[i + 2] + get(row + 3 * stride + n, lanes) * x[i + 3]));
-    });
+  int64_t n = begin;
+  for (; n + 8 * W <= end; n += 8 * W) add_rows_block<E, 8>(out + n, w + n, stride, x, count);
+  for (; n + 2 * W <= end; n += 2 * W) add_rows_block<E, 2>(out + n, w + n, stride, x, count);
+  for (; n + W <= end; n += W) add_rows_block<E, 1>(out + n, w + n, stride, x, count);
+  for (; n < end; n++)
+    for (int64_t i = 0; i < count; i++) out[n] += as_float(w[i * stride + n]) * x[i];
+}
+
+// Asks for columns [begin, end) of `count` rows: what this thread reads in the next phase comes while it waits for the
+// others. The small matrices would otherwise cost more in latency than the large ones, line for line.
+template <typename E>
+void fetch(const void* w, int64_t stride, int64_t count, int64_t begin, int64_t end) {
+  const E* row = static_cast<const E*>(w) + begin;
+  for (int64_t i = 0; i < count && begin < end; i++, row += stride) {
+    const char* bytes = reinterpret_cast<const char*>(row);
+    for (size_t line = 0; line < (end - begin) * sizeof(E); line += 64) __builtin_prefetch(bytes + line, 0, 2);
   }
-  for (; i < count; i++)
-    each(begin, end, [&](int64_t n, auto lanes) {
-      set(out + n, get(out + n, lanes) + get(w + i * stride + n, lanes) * x[i]);
-    });
 }
 
 // ---- The parts of a layer
@@ -339,6 +355,7 @@ void step(const Step& s, Barrier& barrier, int thread, int threads) {
     normalise<E>(z, back, s.ln0, D, s.norm_eps);
     std::memcpy(x + b * d + mine.begin, z + mine.begin, sizeof(float) * (mine.end - mine.begin));
   }
+  fetch<E>(s.weights[0].maa_w1, 0, 1, inputs.begin * 5 * R, inputs.end * 5 * R);
   barrier.wait(threads);
 
   for (int64_t layer = 0; layer < s.layers; layer++) {
@@ -357,6 +374,7 @@ void step(const Step& s, Barrier& barrier, int thread, int threads) {
       add_rows(
           share, of<E>(p.maa_w1) + inputs.begin * 5 * R, 5 * R, xk + inputs.begin, inputs.end - inputs.begin, 0, 5 * R);
     }
+    fetch<E>(p.maa_w2, D, 5 * R, mine.begin, mine.end);
     barrier.wait(threads);
 
     // The five mixed inputs, this thread's channels.
@@ -388,10 +406,12 @@ void step(const Step& s, Barrier& barrier, int thread, int threads) {
     product(p.key, mixed_k, d, B, k, a, rows_a.begin, rows_a.end);
     product(p.value, mixed_v, d, B, v, a, rows_a.begin, rows_a.end);
     product(p.gate, mixed_g, d, B, g, a, rows_a.begin, rows_a.end);
+    const int64_t from = my_heads.begin * N, to = my_heads.end * N;
+    fetch<E>(p.decay_w2, A, C, from, to);
+    for (int64_t b = 0; b < B; b++) fetch<float>(m.wkv + b * A * N, 0, 1, from * N, to * N);
     barrier.wait(threads);
 
     // The recurrence, the norm and the gate, this thread's heads.
-    const int64_t from = my_heads.begin * N, to = my_heads.end * N;
     for (int64_t b = 0; b < B && from < to; b++) {
       finish_low(decay_low, decay_shares + b * c, B * c, threads, C);
       float *wb = w + b * a, *yb = y + b * a;
@@ -452,6 +472,8 @@ void step(const Step& s, Barrier& barrier, int thread, int threads) {
         const auto gate = get(gate_ffn + b * d + n, lanes);
         set(x + b * d + n, get(x + b * d + n, lanes) + gate * get(mixed + b * d + n, lanes));
       });
+    if (layer + 1 < s.layers)
+      fetch<E>(s.weights[layer + 1].maa_w1, 0, 1, inputs.begin * 5 * R, inputs.end * 5 * R);
     barrier.wait(threads);
   }
 

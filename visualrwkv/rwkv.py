@@ -204,7 +204,7 @@ class ChannelMix(nn.Module):
     def forward(self, z: Tensor, shift: Tensor, padding: Padding | None) -> tuple[Tensor, Tensor]:
         """z (B, T, D), shift (B, D) -> y (B, T, D), new shift (B, D)."""
         previous, shift = token_shift(z, shift, padding)
-        key = F.relu(self.key(self._mixed("k", z, previous))).square()
+        key = F.relu(self.key(self._mixed("k", z, previous)), inplace=True).square()
         return torch.sigmoid(self.receptance(self._mixed("r", z, previous))) * self.value(key), shift
 
     def init_weights(self) -> None:
