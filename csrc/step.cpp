@@ -5,11 +5,14 @@
 #include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/InferenceMode.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <map>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
@@ -36,6 +39,54 @@ const StepKernels& chosen_step_kernels() {
   if (capability.rfind("AVX2", 0) == 0) return avx2::step_kernels();
 #endif
   return plain::step_kernels();
+}
+
+constexpr uintptr_t huge_page = 2 << 20;
+
+// Asks for huge pages from `begin` on, which is a multiple of theirs; for what is there already too, with `now`. Where
+// the system has none nothing happens.
+void advise_huge(uintptr_t begin, uintptr_t bytes, bool now) {
+#ifdef __linux__
+  constexpr int collapse = 25;  // MADV_COLLAPSE, since Linux 6.1; older C libraries do not name it
+  void* const place = reinterpret_cast<void*>(begin);
+  if (madvise(place, bytes, MADV_HUGEPAGE) == 0 && now) madvise(place, bytes, collapse);
+#endif
+}
+
+// Moves weights to huge pages: a token reads every page once, and with pages of 4 KB it waits for their addresses, longest
+// in a virtual machine. Small tensors stand between other things, so it goes by the page: one of which weights take a
+// quarter is worth moving. The contents stay.
+void use_huge_pages(at::TensorList weights) {
+  std::map<uintptr_t, uintptr_t> taken;  // bytes of weights in each page
+  for (const Tensor& t : weights)
+    if (t.device().is_cpu() && t.is_contiguous()) {
+      const uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr()), end = begin + t.nbytes();
+      for (uintptr_t at = begin / huge_page * huge_page; at < end; at += huge_page)
+        taken[at] += std::min(end, at + huge_page) - std::max(begin, at);
+    }
+  for (const auto& [at, bytes] : taken)
+    if (bytes >= huge_page / 4) advise_huge(at, huge_page, true);
+}
+
+// Memory for the matrices of a state. A new state follows an old one at every token, each tens of megabytes large with
+// several sequences; memory fresh from the system would cost more than the recurrence. So the last two are kept, and
+// used again once nobody else holds them.
+Tensor state_memory(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  static std::mutex lock;
+  static std::array<Tensor, 2> kept;
+  static size_t oldest = 0;
+  const std::lock_guard<std::mutex> guard(lock);
+  for (const Tensor& t : kept)
+    if (t.defined() && t.sizes() == sizes && t.is_inference() == c10::InferenceMode::is_enabled() &&
+        t.use_count() == 1 && t.storage().use_count() == 1)
+      return t;
+  const Tensor fresh = at::empty(sizes, options);
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(fresh.const_data_ptr()), end = begin + fresh.nbytes();
+  const uintptr_t first = (begin + huge_page - 1) / huge_page * huge_page, last = end / huge_page * huge_page;
+  if (first < last) advise_huge(first, last - first, false);
+  kept[oldest] = fresh;
+  oldest = 1 - oldest;
+  return fresh;
 }
 
 // Takes the tensors of a list in turn and notes whether each is what is wanted.
@@ -151,7 +202,7 @@ std::vector<Tensor> rwkv6_step(
 
   const int64_t size = s.attention / heads, shifts = s.batch * s.hidden, area = s.batch * s.attention * size;
   const Tensor hidden = at::empty({s.batch, s.hidden}, embeds.options());
-  const Tensor wkv = at::empty({s.layers, s.batch, heads, size, size}, embeds.options().dtype(at::kFloat));
+  const Tensor wkv = state_memory({s.layers, s.batch, heads, size, size}, embeds.options().dtype(at::kFloat));
   const Tensor shift = at::empty({s.layers, 2, s.batch, s.hidden}, embeds.options());
   Reader old(state, {}, type);
   std::vector<LayerMemory> memory(s.layers);
@@ -214,33 +265,15 @@ Tensor small_linear(const Tensor& x, const Tensor& weight, const std::optional<T
     w.format = weight.scalar_type() == at::kFloat ? Format::f32 : Format::bf16;
   }
   const Tensor in = x.to(at::kFloat).contiguous();
-  const Tensor y = at::empty({x.size(0), w.rows}, in.options());
+  // The rows of y are apart by no power of two: they would all meet in the same few lines of the cache.
+  const int64_t stride = x.size(0) == 1 ? w.rows : w.rows + 16;
+  const Tensor y = at::empty({x.size(0), stride}, in.options());
   const auto product = chosen_step_kernels().product;
   const int64_t grain = std::max<int64_t>(16, (1 << 15) / std::max<int64_t>(1, w.columns));
   at::parallel_for(0, w.rows, grain, [&](int64_t begin, int64_t end) {
-    product(w, in.data_ptr<float>(), x.size(0), y.data_ptr<float>(), w.rows, begin, end);
+    product(w, in.data_ptr<float>(), x.size(0), y.data_ptr<float>(), stride, begin, end);
   });
-  return y.to(x.scalar_type());
-}
-
-// Moves weights to huge pages, where the system has them: a token reads every page once, and with pages of 4 KB it waits
-// for their addresses, longest in a virtual machine. Small tensors stand between other things, so it goes by the page:
-// one of which weights take a quarter is worth moving. The contents stay; where it cannot be done nothing happens.
-void use_huge_pages(at::TensorList weights) {
-#ifdef __linux__
-  constexpr uintptr_t page = 2 << 20;
-  constexpr int collapse = 25;  // MADV_COLLAPSE, since Linux 6.1; older C libraries do not name it
-  std::map<uintptr_t, uintptr_t> taken;  // bytes of weights in each page
-  for (const Tensor& t : weights)
-    if (t.device().is_cpu() && t.is_contiguous()) {
-      const uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr()), end = begin + t.nbytes();
-      for (uintptr_t at = begin / page * page; at < end; at += page)
-        taken[at] += std::min(end, at + page) - std::max(begin, at);
-    }
-  for (const auto& [at, bytes] : taken)
-    if (bytes >= page / 4 && madvise(reinterpret_cast<void*>(at), page, MADV_HUGEPAGE) == 0)
-      madvise(reinterpret_cast<void*>(at), page, collapse);
-#endif
+  return y.narrow(1, 0, w.rows).to(x.scalar_type()).contiguous();
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include <limits>
 #include <new>
 #include <type_traits>
+#include <vector>
 
 #define VISUALRWKV_BYTES 16
 #define VISUALRWKV_SET plain

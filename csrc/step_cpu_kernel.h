@@ -2,9 +2,10 @@
 // defining VISUALRWKV_SET (the namespace) and VISUALRWKV_BYTES (the width of a vector).
 //
 // A token costs one read of the weights; everything here serves that. The matrices are read where the model keeps them,
-// each thread walking over one run of rows. Activations are float32 throughout. A layer has seven phases between which
-// the threads of the team wait for each other; what is cheap (norms, tanh of the low-rank maps) every thread computes
-// for itself rather than wait for it.
+// each thread walking over one run of rows. Activations are float32; only where several sequences meet a matrix of
+// bfloat16, and the processor has products of that, they are rounded to it, as in the modules. A layer has seven phases
+// between which the threads of the team wait for each other; what is cheap (norms, tanh of the low-rank maps) every
+// thread computes for itself rather than wait for it.
 //
 // What is computed is written down in visualrwkv/rwkv.py.
 
@@ -143,6 +144,29 @@ void product_one(
   }
 }
 
+// Calls body(first of the sequences, how many as a constant of the type) for at most 4 at once.
+template <typename Body>
+VISUALRWKV_INLINE void by_fours(int64_t batch, Body body) {
+  int64_t m = 0;
+  for (; m + 4 <= batch; m += 4) body(m, std::integral_constant<int, 4>());
+  if (batch - m == 3) body(m, std::integral_constant<int, 3>());
+  if (batch - m == 2) body(m, std::integral_constant<int, 2>());
+  if (batch - m == 1) body(m, std::integral_constant<int, 1>());
+}
+
+// Calls body(row, how many as a constant of the type) for rows [begin, end), `tile` of them at once as far as they go;
+// asks for the next tile's bytes before.
+template <typename E, typename Body>
+VISUALRWKV_INLINE void by_tiles(const E* w, int64_t columns, int64_t begin, int64_t end, Body body) {
+  int64_t row = begin;
+  for (; row + tile <= end; row += tile) {
+    const char* next = reinterpret_cast<const char*>(w + (row + tile) * columns);
+    for (size_t line = 0; line < tile * columns * sizeof(E); line += 64) __builtin_prefetch(next + line);
+    body(row, std::integral_constant<int, tile>());
+  }
+  for (; row < end; row++) body(row, std::integral_constant<int, 1>());
+}
+
 // R rows times M sequences.
 template <typename E, int R, int M>
 VISUALRWKV_INLINE void product_tile(
@@ -167,33 +191,83 @@ VISUALRWKV_INLINE void product_tile(
       y[m * y_stride + i] = (sum<float>(s[i][m]) + tail[i][m]) * (scale ? scale[i] : 1.0f);
 }
 
-template <typename E, int R>
-void product_rows(
-    const E* w, const float* scale, int64_t columns, const float* x, int64_t x_stride, int64_t batch, float* y,
-    int64_t y_stride) {
-  int64_t m = 0;
-  for (; m + 4 <= batch; m += 4)
-    product_tile<E, R, 4>(w, scale, columns, x + m * x_stride, x_stride, y + m * y_stride, y_stride);
-  const float* rest = x + m * x_stride;
-  if (batch - m == 3) product_tile<E, R, 3>(w, scale, columns, rest, x_stride, y + m * y_stride, y_stride);
-  if (batch - m == 2) product_tile<E, R, 2>(w, scale, columns, rest, x_stride, y + m * y_stride, y_stride);
-  if (batch - m == 1) product_tile<E, R, 1>(w, scale, columns, rest, x_stride, y + m * y_stride, y_stride);
+#if VISUALRWKV_BYTES == 64 && (__GNUC__ >= 11 || __clang_major__ >= 14)
+#define VISUALRWKV_BF16_PRODUCTS 1
+
+bool has_bf16_products() {
+  static const bool has = __builtin_cpu_supports("avx512bf16");
+  return has;
 }
+
+// x (B, x_stride) -> out (B, columns), rounded to nearest even.
+__attribute__((target("avx512bf16"))) void round_to_bf16(
+    uint16_t* out, const float* x, int64_t x_stride, int64_t batch, int64_t columns) {
+  for (int64_t m = 0; m < batch; m++)
+    for (int64_t n = 0; n < columns; n += W) {
+      const __mmask16 real = columns - n < W ? (1u << (columns - n)) - 1 : 0xffff;
+      const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(real, x + m * x_stride + n));
+      _mm256_mask_storeu_epi16(out + m * columns + n, real, rounded);
+    }
+}
+
+// R rows times M sequences, products of bfloat16 with sums in float32.
+template <int R, int M>
+__attribute__((target("avx512bf16"))) void product_tile_bf16(
+    const uint16_t* __restrict__ w, int64_t columns, const uint16_t* __restrict__ x, float* y, int64_t y_stride) {
+  V s[R][M];
+#pragma GCC unroll 4
+  for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++) s[i][m] = V{};
+  for (int64_t n = 0; n < columns; n += 2 * W) {
+    const __mmask32 real = columns - n < 2 * W ? (1u << (columns - n)) - 1 : 0xffffffffu;
+    __m512bh k[R];
+#pragma GCC unroll 4
+    for (int i = 0; i < R; i++) k[i] = (__m512bh)_mm512_maskz_loadu_epi16(real, w + i * columns + n);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++) {
+      const __m512bh z = (__m512bh)_mm512_maskz_loadu_epi16(real, x + m * columns + n);
+#pragma GCC unroll 4
+      for (int i = 0; i < R; i++) s[i][m] = (V)_mm512_dpbf16_ps((__m512)s[i][m], k[i], z);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++) y[m * y_stride + i] = sum<float>(s[i][m]);
+}
+
+void product_bf16(
+    const uint16_t* w, int64_t columns, const float* x, int64_t x_stride, int64_t batch, float* y, int64_t y_stride,
+    int64_t begin, int64_t end) {
+  thread_local std::vector<uint16_t> rounded;
+  rounded.resize(batch * columns);
+  round_to_bf16(rounded.data(), x, x_stride, batch, columns);
+  by_tiles(w, columns, begin, end, [&](int64_t row, auto rows) {
+    by_fours(batch, [&](int64_t m, auto sequences) {
+      product_tile_bf16<rows, sequences>(
+          w + row * columns, columns, rounded.data() + m * columns, y + m * y_stride + row, y_stride);
+    });
+  });
+}
+#endif
 
 template <typename E>
 void product_of(
     const E* w, const float* scale, int64_t columns, const float* x, int64_t x_stride, int64_t batch, float* y,
     int64_t y_stride, int64_t begin, int64_t end) {
   if (batch == 1) return product_one(w, scale, columns, x, y, begin, end);
-  int64_t row = begin;
-  for (; row + tile <= end; row += tile) {
-    const char* next = reinterpret_cast<const char*>(w + (row + tile) * columns);
-    for (size_t line = 0; line < tile * columns * sizeof(E); line += 64) __builtin_prefetch(next + line);
-    product_rows<E, tile>(
-        w + row * columns, scale ? scale + row : scale, columns, x, x_stride, batch, y + row, y_stride);
-  }
-  for (; row < end; row++)
-    product_rows<E, 1>(w + row * columns, scale ? scale + row : scale, columns, x, x_stride, batch, y + row, y_stride);
+#ifdef VISUALRWKV_BF16_PRODUCTS
+  if constexpr (std::is_same<E, uint16_t>::value)
+    if (has_bf16_products()) return product_bf16(w, columns, x, x_stride, batch, y, y_stride, begin, end);
+#endif
+  by_tiles(w, columns, begin, end, [&](int64_t row, auto rows) {
+    by_fours(batch, [&](int64_t m, auto sequences) {
+      product_tile<E, rows, sequences>(
+          w + row * columns, scale ? scale + row : scale, columns, x + m * x_stride, x_stride, y + m * y_stride + row,
+          y_stride);
+    });
+  });
 }
 
 // y (B, y_stride) [begin, end) = x (B, x_stride) w^T, for rows [begin, end) of w.
