@@ -129,6 +129,27 @@ def test_the_state_given_in_is_not_written_to():
 
 
 @needs_kernel
+def test_memory_of_a_state_is_used_again_only_when_nobody_holds_it():
+    model = language_model()
+    tokens, state = torch.randint(50, (1, 12)), prefix(model)
+    held, copies = [], []
+    for place, column in enumerate(tokens.split(1, 1)):
+        with torch.inference_mode(place % 3 == 0), torch.no_grad():
+            _, state = model(model.emb(column), state)
+        # now and then the whole state, one matrix of it, or nothing is kept
+        kept = {0: [layer.wkv for layer in state.layers], 1: [state.layers[1].wkv[:, 1]]}.get(place % 4, [])
+        held += kept
+        copies += [wkv.clone() for wkv in kept]
+    assert len(held) == 12 and all(torch.equal(a, b) for a, b in zip(held, copies, strict=True))
+    # a state that inference mode has not touched can be learnt from
+    with torch.inference_mode():
+        steps(model, prefix(model), True, tokens)
+    with torch.no_grad():
+        _, state = model(model.emb(tokens[:, :1]), prefix(model))
+    assert not state.layers[0].wkv.is_inference()
+
+
+@needs_kernel
 @pytest.mark.parametrize("change", ["in place", "data", "assigned", "module", "precision"])
 def test_changed_weights_are_seen(change):
     model, other = language_model(seed=1), language_model(seed=2)
