@@ -29,12 +29,12 @@ test: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 
-STAGES := 1_contrastive 2_language 3_projector 4_instruction 5_practice 6_together
+STAGES := 1_contrastive 2_language 3_projector 4_instruction 5_practice 6_together 7_lessons 8_everything
 
 model: $(VENV)/.installed-dev
 	set -e; for stage in $(STAGES); do \
 		test -f out/tiny/$$stage/versions.json || $(BIN)/visualrwkv train configs/tiny/$$stage.yaml; done
-	$(BIN)/python -m visualrwkv.scenes.card out/tiny/6_together visualrwkv/assets/tiny \
+	$(BIN)/python -m visualrwkv.scenes.card out/tiny/8_everything visualrwkv/assets/tiny \
 		--recipes $(addprefix out/tiny/,$(STAGES))
 
 # The stamps make a second call instant; a changed pyproject.toml installs again.

@@ -71,7 +71,7 @@ def test_recipe_survives_saving(recipe_file, tmp_path):
 
 def test_all_recipes_of_the_project_are_valid():
     names = ["tiny/1_contrastive", "tiny/2_language", "tiny/3_projector", "tiny/4_instruction"]
-    names += ["tiny/5_practice", "tiny/6_together"]
+    names += ["tiny/5_practice", "tiny/6_together", "tiny/7_lessons", "tiny/8_everything"]
     for name in [*names, "train/projector", "train/instruction"]:
         load_recipe(f"configs/{name}.yaml")
 

@@ -358,6 +358,13 @@ def test_overload_is_told_at_once(server, client, monkeypatch):
     assert text_of(complete(client, USER)) is not None
 
 
+def test_answers_do_not_wait_for_the_confirmation_of_their_headers():
+    with app.listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_a_failing_reply_is_reported_and_the_next_one_works(server, client, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(engine.Reply, "choose", lambda *_: 1 / 0)
