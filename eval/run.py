@@ -30,6 +30,7 @@ _COMPARED = (
     "questions_sha256",
     "fingerprint",
     "dtype",
+    "quantize",
     "prompt",
     "max_new_tokens",
     "blank_image",
@@ -284,7 +285,13 @@ def load_model(arguments):
     """The model, on the device of this process."""
     from visualrwkv.loading import load
 
-    return load(arguments.model, device=own_device(), prompt=arguments.prompt)
+    return load(
+        arguments.model,
+        device=own_device(),
+        prompt=arguments.prompt,
+        dtype=arguments.dtype,
+        quantize=arguments.quantize,
+    )
 
 
 def own_device():
@@ -307,6 +314,7 @@ def describe(arguments, bench, questions):
         "benchmark": bench.name,
         "split": bench.split,
         "model": model,
+        "quantize": arguments.quantize,
         "max_new_tokens": arguments.max_new_tokens,
         "blank_image": blank,
         **bench.chosen,

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import visualrwkv
 from visualrwkv import cli
 
 SHORT = ["--max-new-tokens", "8"]
@@ -51,6 +52,16 @@ def test_ask_as_json(run, vlm, picture_file, random_folder):
     assert record["question"] == "What?" and record["image"] == str(picture_file)
     assert record["max_new_tokens"] == 8
     assert isinstance(record["answer"], str)
+
+
+@pytest.mark.parametrize(
+    "options", [{"dtype": "bfloat16"}, {"quantize": "int8"}, {"dtype": "bfloat16", "quantize": "int8"}]
+)
+def test_ask_in_another_precision(run, picture_file, random_folder, options):
+    answer = visualrwkv.load(random_folder, **options).ask(picture_file, "What?", max_new_tokens=8)
+    written = [word for name, value in options.items() for word in (f"--{name}", value)]
+    assert run("ask", picture_file, "What?", "--model", random_folder, *SHORT, *written) == (0, answer + "\n", "")
+    refused(run("ask", picture_file, "What?", "--model", random_folder, "--dtype", "half"), "'half'", "bfloat16")
 
 
 def test_bad_pictures_and_questions(run, picture_file, huge_png, random_folder, tmp_path):
@@ -108,6 +119,7 @@ def test_wrong_calls(run, call):
 def test_help_and_version_answer_without_torch():
     script = """
 import sys
+import visualrwkv
 from visualrwkv import cli
 try:
     cli.main(sys.argv[1:])

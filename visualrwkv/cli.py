@@ -118,8 +118,7 @@ def _demo(commands):
 def _serving(commands):
     """The command of visualrwkv.serving."""
     serve = _command(commands, "serve", run_serve, "an OpenAI-style HTTP endpoint; Ctrl-C ends it")
-    serve.add_argument("--model", metavar="M", help="folder, .pth file, owner/repo or owner/repo:file.pth")
-    serve.add_argument("--prompt", choices=POSITIONS, help="where the picture stands")
+    _which_model(serve)
     serve.add_argument("--host", metavar="H", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     serve.add_argument("--port", metavar="P", type=int, default=8000, help="0 for any free one (default 8000)")
     serve.add_argument("--slots", metavar="N", type=int, default=32, help="replies under way together (default 32)")
@@ -136,8 +135,7 @@ def _evaluation(commands):
     evaluate = _command(commands, "eval", run_eval, "answer the questions of a benchmark, going on where a run stopped")
     _benchmark_options(evaluate)
     evaluate.add_argument("--out", metavar="DIR", required=True, help="folder of the run")
-    evaluate.add_argument("--model", metavar="M", help="folder, .pth file, owner/repo or owner/repo:file.pth")
-    evaluate.add_argument("--prompt", choices=POSITIONS, help="where the picture stands")
+    _which_model(evaluate)
     evaluate.add_argument("--images", metavar="DIR", help="picture folder, if it is not under --data")
     evaluate.add_argument("--shard", metavar="k/n", help="only part k of n, counted from 0")
     evaluate.add_argument("--batch-size", metavar="B", type=int, default=1, help="questions at a time (default 1)")
@@ -180,9 +178,15 @@ def _command(commands, name, run, text):
     return parser
 
 
-def _model_options(parser):
+def _which_model(parser):
     parser.add_argument("--model", metavar="M", help="folder, .pth file, owner/repo or owner/repo:file.pth")
     parser.add_argument("--prompt", choices=POSITIONS, help="where the picture stands")
+    parser.add_argument("--dtype", metavar="D", default="auto", help="float32, bfloat16, float16; default: as saved")
+    parser.add_argument("--quantize", choices=("int8",), help="weights of eight bits in the language model")
+
+
+def _model_options(parser):
+    _which_model(parser)
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=128, help="longest answer (default 128)")
     parser.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0 (default): the likeliest token")
     parser.add_argument("--top-p", metavar="P", type=float, default=1.0, help="probability to sample among")
@@ -207,7 +211,7 @@ def _sampling(arguments):
 def _load(arguments):
     from visualrwkv.loading import load
 
-    return load(arguments.model, prompt=arguments.prompt)
+    return load(arguments.model, prompt=arguments.prompt, dtype=arguments.dtype, quantize=arguments.quantize)
 
 
 def run_ask(arguments):
