@@ -21,7 +21,7 @@ from visualrwkv.eval.published import SPLITS, published
 SHOWN = 40  # differing questions a benchmark; their pictures are what makes the page large
 THUMBNAIL = 240  # pixels of the longer side
 _FULL = {"mme": 2000}  # the highest score where it is not 100
-_SETTINGS = ("model", "prompt", "dtype", "max_new_tokens", "sqa_suffix", "ocr", "blank_image")
+_SETTINGS = ("model", "prompt", "dtype", "quantize", "max_new_tokens", "sqa_suffix", "ocr", "blank_image")
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #5b6675; --line: #d9dee5; --page: #fff; --bar: #3b6fd4;
@@ -101,7 +101,9 @@ def section(runs):
 def score_table(runs):
     rows = []
     for run in runs:
-        settings = ", ".join(f"{name} {run['settings'][name]}" for name in _SETTINGS if name in run["settings"])
+        settings = ", ".join(
+            f"{name} {run['settings'][name]}" for name in _SETTINGS if run["settings"].get(name) is not None
+        )
         name = f"<td>{escape(run['name'])}<br><small>{escape(settings)}</small></td>"
         if run["reason"]:
             rows.append(f'<tr>{name}<td colspan="4" class="soft">{escape(run["reason"])}</td></tr>')
@@ -129,7 +131,8 @@ def score_table(runs):
             f"{escape(results[0]['protocol']['rule'])}. Intervals: 95 %, bootstrap over questions.</p>"
         )
     metric = escape(results[0]["metric"]) if results else "score"
-    head = f'<th>run</th><th class="number">{metric}</th><th></th><th class="number">questions</th><th>further</th>'
+    further = "further" if any(result["scores"] for result in results) else ""
+    head = f'<th>run</th><th class="number">{metric}</th><th></th><th class="number">questions</th><th>{further}</th>'
     return f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>{protocol}'
 
 
