@@ -124,7 +124,8 @@ def test_a_conversation(open_page, server, vlm, drawn, tmp_path):
     shown = page.locator("#chat .user-row img")
     assert shown.count() == 2
     assert shown.first.evaluate("image => image.complete && image.naturalWidth") == Image.open(drawn[0]).width
-    assert figure(page, "tokens_read") == f"{chat.tokens_read:,}" and figure(page, "turns") == "3"
+    page.locator("#figures [data-figure=turns] b", has_text="3").wait_for()
+    assert figure(page, "tokens_read") == f"{chat.tokens_read:,}"
     assert float(figure(page, "first_token").split()[0]) > 0
 
     # saved here, loaded by somebody else, who goes on
@@ -151,10 +152,11 @@ def test_a_conversation(open_page, server, vlm, drawn, tmp_path):
     assert said(page, "bot") == expected[:2]
     page.locator("#edit").click()
     page.locator("#chat .bot-row").nth(1).wait_for(state="detached")
-    assert page.locator("#box textarea").input_value() == COLOUR
+    page.wait_for_function("text => document.querySelector('#box textarea').value === text", arg=COLOUR)
     page.locator("#retry").click()
     page.wait_for_timeout(500)
     idle(page)
+    page.locator("#chat [data-testid=bot]", has_text=expected[0]).wait_for()
     assert said(page, "bot") == expected[:1] and said(page, "user") == [DESCRIBE]
     page.locator("#new").click()
     page.locator("#chat .bot-row").first.wait_for(state="detached")
