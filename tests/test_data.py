@@ -53,6 +53,7 @@ def test_overrides_reach_nested_keys_and_list_items(recipe_file):
         ("epochs=2", "exactly one of 'steps' and 'epochs'"),
         ("data.json=a.json", "exactly one of 'json' and 'scenes'"),
         ("data.scenes.objects=[3, 1]", "expected [fewest, most]"),
+        ("data.scenes.options=[1, 4]", "expected numbers from 2 to 5"),
         ("data.scenes.curriculum.4.until=1", "no position in a list of 1"),
         ("steps", "written key=value"),
     ],

@@ -370,6 +370,10 @@ def _validate_scenes(scenes, need):
                 low_high is None or 1 <= low_high[0] <= low_high[1],
                 f"{where}.{name} is {low_high}, expected [fewest, most]",
             )
+        need(
+            part.options is None or (part.options and all(2 <= n <= 5 for n in part.options)),
+            f"{where}.options is {part.options}, expected numbers from 2 to 5",
+        )
         weights = part.kinds
         good = weights is None or (any(weights.values()) and all(weight >= 0 for weight in weights.values()))
         need(good, f"{where}.kinds: weights are 0 or more, and one is above 0")

@@ -82,8 +82,11 @@ def ask(scene, rng, kind, language="en", *, vary=0.5, short_line=0.5, bases=SHOR
     accept = accept or (lambda draft: True)
     names = Names(scene)
     multiple = kind in ("choice", "told")
+    tried = (kind,)
+    if multiple:
+        tried = bases if len(bases) == 1 else rng.sample(bases, len(bases))
     draft = None
-    for name in [kind] if not multiple else bases if len(bases) == 1 else rng.sample(bases, len(bases)):
+    for name in tried:
         draft = draft or BUILDERS[name](names, rng, accept, vary)
     if draft is None:
         return None
@@ -92,7 +95,8 @@ def ask(scene, rng, kind, language="en", *, vary=0.5, short_line=0.5, bases=SHOR
     facts, asks = frozenset(draft.facts), frozenset(draft.asks)
     if multiple:
         options = _options(draft, rng, language, answer, options)
-        text = f"{text} {answer}" if kind == "told" else text
+        if kind == "told":
+            text = f"{text} {answer}"
         letter = LETTERS[options.index(answer)]
         lines = [text, *(f"{LETTERS[i]}. {option}" for i, option in enumerate(options)), CHOICE_LINES[language]]
         return Question(kind, language, "\n".join(lines), letter, options, draft.kind, facts, asks)
