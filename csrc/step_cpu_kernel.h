@@ -245,7 +245,7 @@ void product_bf16(
   round_to_bf16(rounded.data(), x, x_stride, batch, columns);
   by_tiles(w, columns, begin, end, [&](int64_t row, auto rows) {
     by_fours(batch, [&](int64_t m, auto sequences) {
-      product_tile_bf16<rows, sequences>(
+      product_tile_bf16<decltype(rows)::value, decltype(sequences)::value>(
           w + row * columns, columns, rounded.data() + m * columns, y + m * y_stride + row, y_stride);
     });
   });
@@ -263,7 +263,7 @@ void product_of(
 #endif
   by_tiles(w, columns, begin, end, [&](int64_t row, auto rows) {
     by_fours(batch, [&](int64_t m, auto sequences) {
-      product_tile<E, rows, sequences>(
+      product_tile<E, decltype(rows)::value, decltype(sequences)::value>(
           w + row * columns, scale ? scale + row : scale, columns, x + m * x_stride, x_stride, y + m * y_stride + row,
           y_stride);
     });
