@@ -19,7 +19,7 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update"),
     *("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"),  # a camera that draws a test card
 )
-QUESTIONS = ("What shape is on the left?", "Describe the image.")
+QUESTIONS = ("What shape is the blue object?", "How many objects are there?")
 
 
 def find_chromium() -> str | None:
