@@ -18,6 +18,7 @@ from bench.measure import (
     relative_error,
 )
 from visualrwkv.ops.int8 import quantize_linears
+from visualrwkv.ops.linear import is_plain_linear
 
 TOKENS = 4  # per timed call of decoding
 SMALL = {"vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 4}
@@ -159,7 +160,7 @@ def prefill(quick: bool) -> list[dict]:
 
             products = []
             for module in model.blocks.modules():
-                if type(module) is torch.nn.Linear:
+                if is_plain_linear(module):
                     products.append(gemm_probe(length, module.in_features, module.out_features, dtype))
 
             def floor(products=products):

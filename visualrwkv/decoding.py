@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from visualrwkv.ops.int8 import Int8Linear
 from visualrwkv.ops.kernel import ready
+from visualrwkv.ops.linear import is_plain_linear
 from visualrwkv.state import LayerState, RWKVState
 
 MAX_BATCH = 16  # sequences; beyond, PyTorch's matrix products read the weights as seldom and compute faster
@@ -70,8 +71,7 @@ def project(linear: nn.Module, hidden: Tensor) -> Tensor:
     rows = hidden.shape[0] * hidden.shape[1]
     if (
         rows > MAX_BATCH
-        or type(linear) is not nn.Linear
-        or linear.bias is not None
+        or not is_plain_linear(linear)
         or torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
@@ -153,7 +153,7 @@ class _Plan:
         if type(module) is Int8Linear:
             self._places.append((module._buffers, "weight"))
             self._scales.append((module._buffers, "scale"))
-        elif type(module) is nn.Linear and module.bias is None:
+        elif is_plain_linear(module):
             self._parameters(module, "weight")
         else:
             self._usable = False

@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from visualrwkv import cuda_graphs, decoding
 from visualrwkv.configuration import VisualRWKVTextConfig
 from visualrwkv.ops import wkv6
+from visualrwkv.ops.linear import Linear, linear
 from visualrwkv.scan import Order
 from visualrwkv.state import LayerState, RWKVState
 
@@ -62,11 +63,11 @@ class TimeMix(nn.Module):
         self.layer_id = layer_id
         self.num_layers = config.num_hidden_layers
         self.num_heads, self.head_size = config.num_heads, config.head_size
-        self.receptance = nn.Linear(hidden, attention, bias=False)
-        self.key = nn.Linear(hidden, attention, bias=False)
-        self.value = nn.Linear(hidden, attention, bias=False)
-        self.gate = nn.Linear(hidden, attention, bias=False)
-        self.output = nn.Linear(attention, hidden, bias=False)
+        self.receptance = Linear(hidden, attention, bias=False)
+        self.key = Linear(hidden, attention, bias=False)
+        self.value = Linear(hidden, attention, bias=False)
+        self.gate = Linear(hidden, attention, bias=False)
+        self.output = Linear(attention, hidden, bias=False)
         # Both versions divide the head output by the divisor before a norm of epsilon 1e-5; a norm forgets the factor.
         self.ln_x = nn.GroupNorm(self.num_heads, attention, eps=1e-5 * config.head_size_divisor**2)
         self.time_faaaa = nn.Parameter(torch.empty(self.num_heads, self.head_size))  # the bonus u
@@ -131,7 +132,7 @@ class TimeMix6(TimeMix):
     def mix(self, z, previous):
         batch, length, size = z.shape
         back = previous - z
-        low = torch.tanh((z + back * self.time_maa_x) @ self.time_maa_w1)  # (B, T, 5 R)
+        low = torch.tanh(linear(z + back * self.time_maa_x, self.time_maa_w1.t()))  # (B, T, 5 R)
         low = low.view(batch * length, 5, -1).transpose(0, 1)  # (5, B T, R)
         shares = torch.bmm(low, self.time_maa_w2).view(5, batch, length, size)
         return tuple(
@@ -140,7 +141,7 @@ class TimeMix6(TimeMix):
         )
 
     def decay(self, xw):
-        return self.time_decay + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
+        return self.time_decay + linear(torch.tanh(linear(xw, self.time_decay_w1.t())), self.time_decay_w2.t())
 
     def init_weights(self):
         super().init_weights()
@@ -188,9 +189,9 @@ class ChannelMix(nn.Module):
         self.layer_id, self.num_layers = layer_id, config.num_hidden_layers
         for name in ("k", "r"):
             setattr(self, self._ratio(name), nn.Parameter(torch.empty(1, 1, config.hidden_size)))
-        self.key = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.receptance = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.value = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.key = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.receptance = Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.value = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def _ratio(self, name: str) -> str:
         return f"time_maa_{name}" if self.version == 6 else f"time_mix_{name}"
@@ -247,7 +248,7 @@ class RWKV(nn.Module):
         self.emb = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList([Block(config, i) for i in range(config.num_hidden_layers)])
         self.ln_out = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(
         self,

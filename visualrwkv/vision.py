@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from visualrwkv.configuration import VisualRWKVVisionConfig
 from visualrwkv.errors import InputError
+from visualrwkv.ops.linear import Linear
 
 
 class VisionTower(nn.Module):
@@ -57,6 +58,9 @@ def _build_visual(tower: dict, embed_dim: int, quick_gelu: bool) -> nn.Module:
         visual.head = nn.Sequential()
     if getattr(visual, "attnpool", None) is not None:  # ModifiedResNet
         visual.attnpool = nn.Identity()
+    for module in visual.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
     return visual
 
 

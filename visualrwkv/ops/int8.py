@@ -5,10 +5,10 @@ s = max |w| / 127, the weights are round(w / s), so that no weight is off by mor
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visualrwkv.ops.kernel import ready
+from visualrwkv.ops.linear import is_plain_linear, linear
 
 _SMALL = 16  # rows of x up to which the kernel reads the bytes directly
 _AT_ONCE = 1 << 22  # weights turned back into x's precision at once
@@ -25,7 +25,7 @@ def quantize_linears(module: nn.Module) -> None:
     """Replace every `nn.Linear` without bias inside the module, one after the other, by an `Int8Linear`."""
     for parent in list(module.modules()):
         for name, child in parent.named_children():
-            if type(child) is nn.Linear and child.bias is None:
+            if is_plain_linear(child):
                 setattr(parent, name, Int8Linear.of(child))
 
 
@@ -43,8 +43,8 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", scale.contiguous())
 
     @classmethod
-    def of(cls, linear: nn.Linear) -> "Int8Linear":
-        return cls(*quantize_rows(linear.weight))
+    def of(cls, module: nn.Linear) -> "Int8Linear":
+        return cls(*quantize_rows(module.weight))
 
     def _apply(self, fn, recurse=True):
         """A change of the model's precision leaves weights and scales in theirs."""
@@ -62,7 +62,7 @@ class Int8Linear(nn.Module):
             return y.view(*x.shape[:-1], self.out_features)
         # Many rows: the weights go back to x's precision, piece by piece, for PyTorch's matrix product.
         step = max(1, _AT_ONCE // self.in_features)
-        pieces = [F.linear(x, piece.to(x.dtype)) for piece in self.weight.split(step)]
+        pieces = [linear(x, piece.to(x.dtype)) for piece in self.weight.split(step)]
         y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
         return (y * self.scale).to(x.dtype)
 
