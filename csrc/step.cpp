@@ -1,5 +1,5 @@
 // Operators of decoding on the CPU: one token through all layers of RWKV-6, and a linear map of few rows. Both read the
-// weights where the model keeps them. visualrwkv/decoding.py calls them.
+// weights where the model keeps them. visualrwkv/inference.py calls them.
 
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
@@ -25,6 +25,7 @@
 #endif
 
 #include "step_cpu.h"
+#include "weights.h"
 
 namespace visualrwkv {
 namespace {
@@ -89,116 +90,24 @@ Tensor state_memory(at::IntArrayRef sizes, const at::TensorOptions& options) {
   return fresh;
 }
 
-// Takes the tensors of a list in turn and notes whether each is what is wanted.
-class Reader {
- public:
-  Reader(at::TensorList tensors, at::TensorList scales, at::ScalarType type)
-      : tensors_(tensors), scales_(scales), type_(type) {}
-
-  const Tensor* next() {
-    if (at_ == tensors_.size()) good = false;
-    return good ? &tensors_[at_++] : nullptr;
-  }
-
-  const void* vector(int64_t numel) { return pointer(next(), numel, type_); }
-
-  Norm norm(int64_t size) {
-    Norm n;
-    n.weight = vector(size);
-    n.bias = vector(size);
-    return n;
-  }
-
-  Matrix matrix(int64_t rows, int64_t columns) {
-    const Tensor* t = next();
-    Matrix m;
-    m.rows = rows;
-    m.columns = columns;
-    const bool quantised = good && t->scalar_type() == at::kChar;
-    m.format = quantised ? Format::int8 : type_ == at::kFloat ? Format::f32 : Format::bf16;
-    m.data = pointer(t, rows * columns, quantised ? at::kChar : type_);
-    good = good && t->dim() == 2 && t->size(0) == rows;
-    if (quantised) {
-      good = good && scale_ < scales_.size();
-      if (good) m.scale = static_cast<const float*>(pointer(&scales_[scale_++], rows, at::kFloat));
-    }
-    return m;
-  }
-
-  const void* pointer(const Tensor* t, int64_t numel, at::ScalarType type) {
-    good = good && t->device().is_cpu() && t->layout() == at::kStrided && t->scalar_type() == type &&
-           t->numel() == numel && t->is_contiguous();
-    return good ? t->data_ptr() : nullptr;
-  }
-
-  bool finished() const { return good && at_ == tensors_.size() && scale_ == scales_.size(); }
-
-  bool good = true;
-
- private:
-  at::TensorList tensors_, scales_;
-  at::ScalarType type_;
-  size_t at_ = 0, scale_ = 0;
-};
-
-LayerWeights read_layer(Reader& in, const Step& s) {
-  const int64_t d = s.hidden, a = s.attention;
-  LayerWeights p;
-  p.ln1 = in.norm(d);
-  p.ln2 = in.norm(d);
-  for (const void*& ratio : p.maa) ratio = in.vector(d);
-  p.maa_w1 = in.vector(d * 5 * s.mix_rank);
-  p.maa_w2 = in.vector(5 * s.mix_rank * d);
-  p.decay = in.vector(a);
-  p.decay_w1 = in.vector(d * s.decay_rank);
-  p.decay_w2 = in.vector(s.decay_rank * a);
-  p.bonus = in.vector(a);
-  for (Matrix* m : {&p.receptance, &p.key, &p.value, &p.gate}) *m = in.matrix(a, d);
-  p.output = in.matrix(d, a);
-  p.ln_x = in.norm(a);
-  p.ffn_maa_k = in.vector(d);
-  p.ffn_maa_r = in.vector(d);
-  p.ffn_key = in.matrix(s.inner, d);
-  p.ffn_receptance = in.matrix(d, d);
-  p.ffn_value = in.matrix(d, s.inner);
-  return p;
-}
-
-constexpr size_t weights_per_layer = 28, weights_outside = 4;
-constexpr size_t maa_w1_place = 10, decay_w1_place = 13, ffn_key_place = 25;
-
-// embeds (B, D) before ln0; weights: ln0, ln_out, then per layer those of `read_layer`, in its order, in the type of
-// embeds or int8; scales: (rows) float32 of each int8 matrix; state: att_shift (B, D), wkv (B, H, N, N) float32 and
+// embeds (B, D) before ln0; weights, scales: see `read_model`; state: att_shift (B, D), wkv (B, H, N, N) float32 and
 // ffn_shift (B, D) of each layer. Returns hidden (B, D) after ln_out, wkv (L, B, H, N, N) and the shifts (L, 2, B, D)
 // behind the token; nothing where the arguments are not of that kind.
 std::vector<Tensor> rwkv6_step(
     const Tensor& embeds, at::TensorList weights, at::TensorList scales, at::TensorList state, int64_t heads,
     double norm_eps, double head_eps) {
   const auto type = embeds.scalar_type();
-  if (!embeds.device().is_cpu() || (type != at::kFloat && type != at::kBFloat16) || embeds.dim() != 2 ||
-      embeds.numel() == 0 || !embeds.is_contiguous() || weights.size() < weights_outside + weights_per_layer ||
-      (weights.size() - weights_outside) % weights_per_layer || heads < 1)
-    return {};
+  if (!embeds.device().is_cpu() || embeds.dim() != 2 || embeds.numel() == 0 || !embeds.is_contiguous()) return {};
+  const Model model = read_model(weights, scales, type, embeds.size(1), heads);
+  if (model.layers.empty() || state.size() != 3 * model.layers.size()) return {};
   Step s{};
+  static_cast<Sizes&>(s) = model;
   s.batch = embeds.size(0);
-  s.hidden = embeds.size(1);
-  s.heads = heads;
-  s.layers = (weights.size() - weights_outside) / weights_per_layer;
-  const Tensor* first = &weights[weights_outside];
-  s.mix_rank = first[maa_w1_place].size(-1) / 5;
-  s.decay_rank = first[decay_w1_place].size(-1);
-  s.attention = first[decay_w1_place + 2].numel();  // of the bonus
-  s.inner = first[ffn_key_place].size(0);
+  s.layers = model.layers.size();
   s.norm_eps = norm_eps;
   s.head_eps = head_eps;
-  if (s.attention == 0 || s.attention % heads || state.size() != size_t(3 * s.layers)) return {};
-
-  Reader in(weights, scales, type);
-  s.ln0 = in.norm(s.hidden);
-  s.ln_out = in.norm(s.hidden);
-  std::vector<LayerWeights> layers;
-  for (int64_t n = 0; n < s.layers; n++) layers.push_back(read_layer(in, s));
-  if (!in.finished()) return {};
+  s.ln0 = model.ln0;
+  s.ln_out = model.ln_out;
 
   const int64_t size = s.attention / heads, shifts = s.batch * s.hidden, area = s.batch * s.attention * size;
   const Tensor hidden = at::empty({s.batch, s.hidden}, embeds.options());
@@ -220,7 +129,7 @@ std::vector<Tensor> rwkv6_step(
 
   s.embeds = embeds.data_ptr();
   s.out = hidden.data_ptr();
-  s.weights = layers.data();
+  s.weights = model.layers.data();
   s.memory = memory.data();
   int threads = 1;
 #ifdef _OPENMP

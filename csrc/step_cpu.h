@@ -1,40 +1,13 @@
-// What the operators of decoding (step.cpp) and their CPU kernels (step_cpu.cpp) share; free of PyTorch headers.
+// What the operators of decoding (step.cpp) and their CPU kernels share; free of PyTorch headers.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
 #include <thread>
 
-#include "wkv6_cpu.h"
+#include "layer.h"
 
 namespace visualrwkv {
-
-enum class Format { f32, bf16, int8 };
-
-// Weights (rows, columns) of a linear map, dense; of format int8 each row has a scale.
-struct Matrix {
-  const void* data = nullptr;
-  const float* scale = nullptr;
-  Format format = Format::f32;
-  int64_t rows = 0, columns = 0;
-};
-
-// Every pointer of these has the element type of the step, float or bfloat16, unless it says otherwise.
-struct Norm {
-  const void *weight, *bias;
-};
-
-struct LayerWeights {
-  Norm ln1, ln2, ln_x;
-  const void* maa[6];  // (D): x, w, k, v, r, g
-  const void* maa_w1;  // (D, 5 R)
-  const void* maa_w2;  // (5, R, D)
-  const void *decay, *decay_w1, *decay_w2;  // (A), (D, C), (C, A)
-  const void* bonus;                        // (H, N)
-  Matrix receptance, key, value, gate, output;
-  const void *ffn_maa_k, *ffn_maa_r;  // (D)
-  Matrix ffn_key, ffn_receptance, ffn_value;
-};
 
 // Where a layer's state is read and written; the two never overlap.
 struct LayerMemory {
@@ -44,8 +17,8 @@ struct LayerMemory {
   float* new_wkv;
 };
 
-struct Step {
-  int64_t batch, hidden, attention, inner, heads, mix_rank, decay_rank, layers;
+struct Step : Sizes {
+  int64_t batch, layers;
   float norm_eps, head_eps;
   const void* embeds;  // (B, D), before ln0
   void* out;           // (B, D), after ln_out

@@ -1,4 +1,4 @@
-// What the operator (wkv6.cpp) and the CPU kernels (wkv6_cpu.cpp) share.
+// What the operator (wkv6.cpp) and the CPU kernels share.
 #pragma once
 
 #include "wkv6_problem.h"

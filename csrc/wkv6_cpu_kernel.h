@@ -1,5 +1,4 @@
-// The CPU kernels for one instruction set. Each of wkv6_cpu*.cpp includes this file once, after defining VISUALRWKV_SET
-// (the namespace) and VISUALRWKV_BYTES (the width of a vector) and switching the instruction set on.
+// The CPU kernels of the operator, for one instruction set. Included by cpu_kernels.h.
 //
 // One sequence (batch entry, head) at a time. Its time axis is cut into blocks of `block_tokens`; for each block the
 // rows of the operands are brought to the type of the arithmetic, and the state is walked in tiles that stay in

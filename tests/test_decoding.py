@@ -13,7 +13,7 @@ from golden_data import error, golden_file, tensors
 from torch import nn
 
 import visualrwkv
-from visualrwkv import InputError, RWKVState, decoding
+from visualrwkv import InputError, RWKVState, inference
 from visualrwkv.checkpoints import load_language_model
 from visualrwkv.configuration import VisualRWKVTextConfig
 from visualrwkv.ops import build, use_kernel
@@ -63,7 +63,7 @@ def steps(model, state, kernel, tokens):
 def was_taken(model, batch=1):
     embeds = model.emb(torch.randint(50, (batch, 1))).detach()
     with torch.no_grad():
-        return decoding.step(model, embeds, RWKVState.zeros(model.config, batch, dtype=embeds.dtype)) is not None
+        return inference.read(model, embeds, RWKVState.zeros(model.config, batch, dtype=embeds.dtype)) is not None
 
 
 @needs_kernel
@@ -111,7 +111,7 @@ def test_golden_logits_token_by_token():
         state = RWKVState.zeros(config, len(io["input_ids"]))
         logits = []
         for column in io["input_ids"].split(1, 1):
-            hidden = decoding.step(model, model.emb(column), state)
+            hidden = inference.read(model, model.emb(column), state)
             assert hidden is not None
             logits.append(model.logits(hidden))
     assert error(torch.cat(logits, 1), io["logits"]) < 2e-4
@@ -177,7 +177,7 @@ def test_where_the_kernel_does_not_apply_the_modules_do_the_work():
     model = language_model()
     assert was_taken(model) and not was_taken(language_model(version=5)) and not was_taken(model, 17)
     assert not was_taken(language_model(dtype=torch.float64)) and not was_taken(language_model(dtype=torch.float16))
-    assert decoding.step(model, model.emb(torch.tensor([[1]])), prefix(model)) is None, "gradients are wanted"
+    assert inference.read(model, model.emb(torch.tensor([[1]])), prefix(model)) is None, "gradients are wanted"
     with use_kernel(False):
         assert not was_taken(model)
     with torch.autocast("cpu", torch.bfloat16):
@@ -352,8 +352,8 @@ def test_embeddings_may_be_a_view_of_more():
     model = language_model()
     embeds, state = torch.randn(3, 4, 128), prefix(model, 3)
     with torch.no_grad():
-        view = decoding.step(model, embeds[:, 2:3], state.clone())
-        assert torch.equal(view, decoding.step(model, embeds[:, 2:3].contiguous(), state))
+        view = inference.read(model, embeds[:, 2:3], state.clone())
+        assert torch.equal(view, inference.read(model, embeds[:, 2:3].contiguous(), state))
 
 
 @needs_kernel
@@ -362,9 +362,9 @@ def test_embeddings_may_be_a_view_of_more():
 def test_head_without_a_copy(dtype, limit):
     head, x = nn.Linear(130, 37, bias=False).to(dtype), torch.randn(3, 1, 130).to(dtype)
     wanted = torch.nn.functional.linear(x.double(), head.weight.double())
-    assert error(decoding.project(head, x).double(), wanted) < limit
+    assert error(inference.project(head, x).double(), wanted) < limit
     biased = nn.Linear(130, 37).to(dtype)
-    assert torch.equal(decoding.project(biased, x), biased(x))
+    assert torch.equal(inference.project(biased, x), biased(x))
 
 
 @torch.no_grad()
@@ -384,9 +384,9 @@ def test_huge_pages_leave_the_weights_as_they_are():
 
 def test_environment_variable_keeps_to_the_modules(random_folder):
     script = (
-        "import sys, torch, visualrwkv; from visualrwkv import decoding, RWKVState; torch.set_grad_enabled(False); "
+        "import sys, torch, visualrwkv; from visualrwkv import inference, RWKVState; torch.set_grad_enabled(False); "
         "m = visualrwkv.load(sys.argv[1]).model.rwkv; x, s = torch.ones(1, 1, 128), RWKVState.zeros(m.config, 1); "
-        "print(decoding.step(m, x, s), tuple(m(x, s)[0].shape))"
+        "print(inference.read(m, x, s), tuple(m(x, s)[0].shape))"
     )
     path = os.pathsep.join([str(Path(visualrwkv.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "VISUALRWKV_KERNEL": "0", "PYTHONPATH": path}

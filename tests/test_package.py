@@ -20,7 +20,7 @@ LAYERS = [
     ["errors", "state", "ops", "projector"],
     [
         "cuda_graphs",
-        "decoding",
+        "inference",
         "configuration",
         "prompt",
         "recipe",

@@ -214,7 +214,7 @@ class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, GenerationMi
                 shape = (embeds.shape[0], end - begin)
                 orders = layer_orders(self.config.scan, layers, patches, self.config.feature_grid, shape)
             part = None if mask is None else mask[:, begin:end]
-            piece, state = self.rwkv(embeds[:, begin:end], state, part, orders)
+            piece, state = self.rwkv(embeds[:, begin:end], state, part, orders, keep)
             parts.append(piece)
             if keep:
                 parts = [torch.cat(parts, 1)[:, -keep:]]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from visualrwkv import cuda_graphs, decoding
+from visualrwkv import cuda_graphs, inference
 from visualrwkv.configuration import VisualRWKVTextConfig
 from visualrwkv.ops import wkv6
 from visualrwkv.ops.linear import Linear, linear
@@ -256,6 +256,7 @@ class RWKV(nn.Module):
         state: RWKVState | None = None,
         mask: Tensor | None = None,
         orders: list[Order | None] | None = None,
+        keep: int = 0,
     ) -> tuple[Tensor, RWKVState]:
         """Read a piece of text and images and move the state past it.
 
@@ -264,18 +265,23 @@ class RWKV(nn.Module):
             state: where to continue from; its layers are replaced. None starts with an empty memory.
             mask: (B, T) bool, False at padded positions, which change nothing. None when there are none.
             orders: per layer the order in which image spans are read (see `scan.layer_orders`).
+            keep: how many of the last positions are wanted; 0 for all.
         Returns:
-            hidden (B, T, D) after `ln_out`, in natural order, and the state.
+            hidden (B, keep or T, D) after `ln_out`, in natural order, and the state.
         """
         if state is None:
             state = RWKVState.zeros(self.config, embeds.shape[0], device=embeds.device, dtype=embeds.dtype)
-        padding = None if mask is None or bool(mask.all()) else Padding(mask)
-        if embeds.shape[1] == 1 and padding is None and not orders:
-            step = cuda_graphs.step if embeds.is_cuda else decoding.step
-            hidden = step(self, embeds, state)
-            if hidden is not None:
-                state.seen += 1
-                return hidden, state
+        if mask is not None and bool(mask.all()):
+            mask = None
+        if embeds.is_cuda:
+            single = embeds.shape[1] == 1 and mask is None and not orders
+            hidden = cuda_graphs.step(self, embeds, state) if single else None
+        else:
+            hidden = inference.read(self, embeds, state, mask, orders, keep)
+        if hidden is not None:
+            state.seen += embeds.shape[1]
+            return hidden, state
+        padding = None if mask is None else Padding(mask)
         x = self.blocks[0].ln0(embeds)
         for i, block in enumerate(self.blocks):
             order = orders[i] if orders else None
@@ -285,11 +291,11 @@ class RWKV(nn.Module):
             if order is not None:
                 x = x.gather(1, order.restore[..., None].expand_as(x))
         state.seen += embeds.shape[1]
-        return self.ln_out(x), state
+        return self.ln_out(x[:, -keep:]), state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (B, T, D) of `forward` -> (B, T, V)."""
-        return decoding.project(self.head, hidden)
+        return inference.project(self.head, hidden)
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -1,9 +1,9 @@
-"""One token through the whole language model in one call of the compiled kernel (csrc/step.cpp), on the CPU.
+"""The language model without gradients on the CPU, in calls of the compiled kernels (csrc/prefill.cpp, csrc/step.cpp).
 
-The modules of `rwkv.py` are the specification and do the work wherever the kernel does not apply: another device, more
-tokens or sequences, gradients, padding, RWKV-5, other precisions, a hook or an adapter on some module, no compiler. The
-kernel reads the weights where the parameters keep them. Nothing is copied, so nothing can be out of date: every call
-collects the tensors anew, and only which modules there are is remembered between calls.
+The modules of `rwkv.py` are the specification and do the work wherever the kernels do not apply: another device,
+gradients, RWKV-5, other precisions, a hook or an adapter on some module, no compiler. The kernels read the weights where
+the parameters keep them. Nothing is copied, so nothing can be out of date: every call collects the tensors anew, and
+only which modules there are is remembered between calls.
 """
 
 import weakref
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from visualrwkv.ops.int8 import Int8Linear
 from visualrwkv.ops.kernel import ready
 from visualrwkv.ops.linear import is_plain_linear
+from visualrwkv.scan import Order
 from visualrwkv.state import LayerState, RWKVState
 
 MAX_BATCH = 16  # sequences; beyond, PyTorch's matrix products read the weights as seldom and compute faster
@@ -24,22 +25,32 @@ _TIME_MIX += ["time_decay", "time_decay_w1", "time_decay_w2", "time_faaaa"]
 _plans: "weakref.WeakKeyDictionary[nn.Module, _Plan | None]" = weakref.WeakKeyDictionary()
 
 
-def step(model: nn.Module, embeds: Tensor, state: RWKVState) -> Tensor | None:
-    """One token of each sequence, where the kernel applies.
+def read(
+    model: nn.Module,
+    embeds: Tensor,
+    state: RWKVState,
+    real: Tensor | None = None,
+    orders: list[Order | None] | None = None,
+    keep: int = 0,
+) -> Tensor | None:
+    """What `rwkv.RWKV.forward` does, where the kernels apply.
 
     Args:
         model: an `rwkv.RWKV`.
-        embeds: (B, 1, D) embeddings before ln0; no position is padded, none is read in another order.
+        embeds: (B, T, D) before ln0.
         state: where to continue from; its layers are replaced.
+        real: (B, T) bool, False at padded positions; None when there are none.
+        orders: per layer the order in which image spans are read.
+        keep: of how many positions at the end the result is wanted; 0: of all.
 
     Returns:
-        hidden (B, 1, D) after `ln_out`, or None where the kernel does not apply; the state is then untouched.
+        hidden (B, keep or T, D) after `ln_out`, or None where the kernels do not apply; the state is then untouched.
     """
     if (
-        embeds.shape[0] > MAX_BATCH
-        or torch.is_grad_enabled()
+        torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
+        or embeds.numel() == 0
         or not ready(embeds)
     ):
         return None
@@ -52,18 +63,29 @@ def step(model: nn.Module, embeds: Tensor, state: RWKVState) -> Tensor | None:
     weights = plan.weights()
     if weights is None:
         return None
+    single = embeds.shape[1] == 1 and embeds.shape[0] <= MAX_BATCH and real is None and not orders
     memory = [tensor.contiguous() for layer in state.layers for tensor in layer]
-    done = torch.ops.visualrwkv.rwkv6_step(
-        embeds[:, 0].contiguous(), weights, plan.scales(), memory, plan.heads, plan.norm_eps, plan.head_eps
-    )
+    sizes = (plan.heads, plan.norm_eps, plan.head_eps)
+    if single:
+        done = torch.ops.visualrwkv.rwkv6_step(embeds[:, 0].contiguous(), weights, plan.scales(), memory, *sizes)
+    else:
+        sources = _sources(orders, len(state.layers))
+        done = torch.ops.visualrwkv.rwkv6_prefill(
+            embeds.contiguous(), weights, plan.scales(), memory, real, sources, keep, *sizes
+        )
     if not done:
         return None
-    hidden, wkv, shifts = done
-    state.layers = [
-        LayerState(att_shift, matrix, ffn_shift)
-        for (att_shift, ffn_shift), matrix in zip(_pairs(shifts), wkv.unbind(0), strict=True)
-    ]
-    return hidden[:, None]
+    if single:
+        hidden, wkv, shifts = done
+        hidden = hidden[:, None]
+        state.layers = [
+            LayerState(att_shift, matrix, ffn_shift)
+            for (att_shift, ffn_shift), matrix in zip(_pairs(shifts), wkv.unbind(0), strict=True)
+        ]
+    else:
+        hidden, *tensors = done
+        state.layers = [LayerState(*tensors[i : i + 3]) for i in range(0, len(tensors), 3)]
+    return hidden
 
 
 def project(linear: nn.Module, hidden: Tensor) -> Tensor:
@@ -85,6 +107,22 @@ def project(linear: nn.Module, hidden: Tensor) -> Tensor:
     return torch.ops.visualrwkv.small_linear(hidden.flatten(0, 1), linear.weight, None).unflatten(0, hidden.shape[:2])
 
 
+def _sources(orders: list[Order | None] | None, layers: int) -> list[Tensor | None]:
+    """For each layer, and for the output, where each position stands in the order before; None: where it is."""
+    if not orders:
+        return [None] * (layers + 1)
+    sources, before = [], None
+    for order in [*orders, None]:
+        if order is before:
+            sources.append(None)
+        elif before is None:
+            sources.append(order.read)
+        else:
+            sources.append(before.restore if order is None else before.restore.gather(1, order.read))
+        before = order
+    return sources
+
+
 def _pairs(shifts: Tensor) -> list[tuple[Tensor, Tensor]]:
     flat = shifts.flatten(0, 1).unbind(0)
     return list(zip(flat[::2], flat[1::2], strict=True))
@@ -96,7 +134,7 @@ def _plain(module: nn.Module) -> bool:
 
 
 class _Plan:
-    """Where a model keeps the weights of a step, in the order of csrc/step.cpp, and what has to stay as it is."""
+    """Where a model keeps its weights, in the order of csrc/weights.h, and what has to stay as it is."""
 
     def __init__(self, model):
         self._links = []  # (the _modules of a parent, name, child)

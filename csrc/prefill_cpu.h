@@ -1,0 +1,73 @@
+// What the operator of prefill (prefill.cpp) and its CPU kernels share; free of PyTorch headers.
+//
+// Activations are dense rows (batch * time, size) of float or bfloat16; every kernel handles the rows [begin, end).
+#pragma once
+
+#include "layer.h"
+
+namespace visualrwkv {
+
+// Sequences, and where the token shift of each position finds the position before it.
+struct Sequences {
+  int64_t batch, time;
+  const bool* real;       // (batch, time), null: all. What is padded changes no state and is nobody's predecessor.
+  const void* old_shift;  // (batch, size): of the position before the first one
+};
+
+// The residual stream x' = x + logistic(gate) add, its norm z, and for each ratio z + (z before - z) * ratio.
+struct NormAndMix : Sequences {
+  int64_t size;
+  float eps;
+  Norm norm;
+  const void *x, *add = nullptr, *gate = nullptr;  // add or gate may be null
+  const int64_t* source = nullptr;  // (batch, time): of which position a position takes x, add and gate; null: its own
+  void *x_out = nullptr, *z;        // x_out may be null
+  int mixes = 0;
+  const void* ratio[2];  // (size)
+  void* mixed[2];
+  void* new_shift = nullptr;  // (batch, size): z of the last position that is real; may be null
+};
+
+// mixed[i] = z + (z before - z) * (ratio[i] + mixed[i]).
+struct MixByData : Sequences {
+  int64_t size;
+  const void* z;
+  const void* ratio[5];  // (size)
+  void* mixed[5];
+};
+
+// y = norm of each head of y * gate logistic(gate).
+struct NormAndGate {
+  int64_t heads, size;  // of a row
+  float eps;
+  Norm norm;
+  void* y;
+  const void* gate;
+};
+
+template <typename E>  // float, or uint16_t for bfloat16
+struct PrefillKernels {
+  void (*norm_and_mix)(const NormAndMix&, int64_t begin, int64_t end);
+  void (*mix_by_data)(const MixByData&, int64_t begin, int64_t end);
+  void (*norm_and_gate)(const NormAndGate&, int64_t begin, int64_t end);
+  // x (rows, parts * size) -> out[part] (rows, size) = tanh; with one part it may be x itself.
+  void (*tangents)(const E* x, E* const* out, int64_t parts, int64_t size, int64_t begin, int64_t end);
+  void (*square_relu)(E* x, int64_t begin, int64_t end);  // elements
+};
+
+namespace plain {
+template <typename E>
+const PrefillKernels<E>& prefill_kernels();
+}
+#if defined(__x86_64__)
+namespace avx2 {
+template <typename E>
+const PrefillKernels<E>& prefill_kernels();
+}
+namespace avx512 {
+template <typename E>
+const PrefillKernels<E>& prefill_kernels();
+}
+#endif
+
+}  // namespace visualrwkv

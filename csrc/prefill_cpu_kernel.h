@@ -1,0 +1,165 @@
+// What prefill does between its matrix products, for one instruction set; included by cpu_kernels.h. Each function is one
+// walk over rows of activations, with float32 in registers: norms, token shift, mixing and gates would otherwise be
+// dozens of walks. What is computed is written down in visualrwkv/rwkv.py.
+
+#pragma once
+
+#include "cpu_elements.h"
+
+namespace visualrwkv {
+namespace VISUALRWKV_SET {
+namespace {
+
+// Where each position of a run of rows finds the one before it. z of what lies before the run comes from `recompute`.
+template <typename E>
+class Predecessor {
+ public:
+  Predecessor(const Sequences& s, int64_t size) : s_(s), size_(size) {}
+
+  // Before the first row of the run; recompute(row) gives a row of z that may not be written yet.
+  template <typename Recompute>
+  void start(int64_t row, Recompute recompute) {
+    const int64_t b = row / s_.time;
+    int64_t t = row % s_.time - 1;
+    while (t >= 0 && !real(b * s_.time + t)) t--;
+    at = t < 0 ? shift(b) : recompute(b * s_.time + t);
+  }
+
+  void enter(int64_t row) {
+    if (row % s_.time == 0) at = shift(row / s_.time);
+  }
+  void leave(int64_t row, const E* z) {
+    if (real(row)) at = z;
+  }
+
+  const E* at = nullptr;
+
+ private:
+  bool real(int64_t row) const { return !s_.real || s_.real[row]; }
+  const E* shift(int64_t b) const { return static_cast<const E*>(s_.old_shift) + b * size_; }
+
+  const Sequences& s_;
+  int64_t size_;
+};
+
+template <typename E>
+void norm_and_mix(const NormAndMix& p, int64_t begin, int64_t end) {
+  const int64_t size = p.size;
+  std::vector<float> row(size);
+  std::vector<E> before(size);
+  const auto read = [&](int64_t m, E* x_out, E* z) {
+    const int64_t from = (p.source ? m / p.time * p.time + p.source[m] : m) * size;
+    const E* const x = static_cast<const E*>(p.x) + from;
+    const E* const add = p.add ? static_cast<const E*>(p.add) + from : nullptr;
+    const E* const gate = p.gate ? static_cast<const E*>(p.gate) + from : nullptr;
+    each(0, size, [&](int64_t n, auto lanes) {
+      auto value = get(x + n, lanes);
+      if (add) value += gate ? get(add + n, lanes) * logistic(get(gate + n, lanes)) : get(add + n, lanes);
+      set(row.data() + n, value);
+      if (x_out) set(x_out + n, value);
+    });
+    normalise<E>(row.data(), row.data(), p.norm, size, p.eps);
+    each(0, size, [&](int64_t n, auto lanes) { set(z + n, get(row.data() + n, lanes)); });
+  };
+  Predecessor<E> previous(p, size);
+  if (p.old_shift)
+    previous.start(begin, [&](int64_t m) {
+      read(m, nullptr, before.data());
+      return before.data();
+    });
+  for (int64_t m = begin; m < end; m++) {
+    E* const z = static_cast<E*>(p.z) + m * size;
+    read(m, p.x_out ? static_cast<E*>(p.x_out) + m * size : nullptr, z);
+    if (!p.old_shift) continue;
+    previous.enter(m);
+    for (int i = 0; i < p.mixes; i++) {
+      const E* ratio = static_cast<const E*>(p.ratio[i]);
+      E* out = static_cast<E*>(p.mixed[i]) + m * size;
+      each(0, size, [&](int64_t n, auto lanes) {
+        const auto here = get(z + n, lanes);
+        set(out + n, here + (get(previous.at + n, lanes) - here) * get(ratio + n, lanes));
+      });
+    }
+    previous.leave(m, z);
+    if (p.new_shift && m % p.time == p.time - 1)
+      std::memcpy(static_cast<E*>(p.new_shift) + m / p.time * size, previous.at, sizeof(E) * size);
+  }
+}
+
+template <typename E>
+void mix_by_data(const MixByData& p, int64_t begin, int64_t end) {
+  const int64_t size = p.size;
+  const E* const all = static_cast<const E*>(p.z);
+  Predecessor<E> previous(p, size);
+  previous.start(begin, [&](int64_t m) { return all + m * size; });
+  for (int64_t m = begin; m < end; m++) {
+    const E* const z = all + m * size;
+    previous.enter(m);
+    for (int i = 0; i < 5; i++) {
+      const E* ratio = static_cast<const E*>(p.ratio[i]);
+      E* out = static_cast<E*>(p.mixed[i]) + m * size;
+      each(0, size, [&](int64_t n, auto lanes) {
+        const auto here = get(z + n, lanes), share = get(ratio + n, lanes) + get(out + n, lanes);
+        set(out + n, here + (get(previous.at + n, lanes) - here) * share);
+      });
+    }
+    previous.leave(m, z);
+  }
+}
+
+template <typename E>
+void norm_and_gate(const NormAndGate& p, int64_t begin, int64_t end) {
+  const int64_t head = p.size / p.heads;
+  std::vector<float> row(head);
+  for (int64_t m = begin; m < end; m++)
+    for (int64_t h = 0; h < p.heads; h++) {
+      E* const y = static_cast<E*>(p.y) + m * p.size + h * head;
+      const E* const gate = static_cast<const E*>(p.gate) + m * p.size + h * head;
+      const Norm norm = {static_cast<const E*>(p.norm.weight) + h * head, static_cast<const E*>(p.norm.bias) + h * head};
+      each(0, head, [&](int64_t n, auto lanes) { set(row.data() + n, get(y + n, lanes)); });
+      normalise<E>(row.data(), row.data(), norm, head, p.eps);
+      each(0, head, [&](int64_t n, auto lanes) {
+        const auto open = get(gate + n, lanes);
+        set(y + n, get(row.data() + n, lanes) * open * logistic(open));
+      });
+    }
+}
+
+template <typename E>
+void tangents(const E* x, E* const* out, int64_t parts, int64_t size, int64_t begin, int64_t end) {
+  for (int64_t m = begin; m < end; m++)
+    for (int64_t i = 0; i < parts; i++) {
+      const E* from = x + (m * parts + i) * size;
+      E* to = out[i] + m * size;
+      each(0, size, [&](int64_t n, auto lanes) { set(to + n, tangent(get(from + n, lanes))); });
+    }
+}
+
+template <typename E>
+void square_relu(E* x, int64_t begin, int64_t end) {
+  each(begin, end, [&](int64_t n, auto lanes) {
+    const auto value = get(x + n, lanes), positive = value <= 0 ? 0 * lanes : value;
+    set(x + n, positive * positive);
+  });
+}
+
+template <typename E>
+const PrefillKernels<E>& table() {
+  static const PrefillKernels<E> kernels = {
+      norm_and_mix<E>, mix_by_data<E>, norm_and_gate<E>, tangents<E>, square_relu<E>};
+  return kernels;
+}
+
+}  // namespace
+
+template <>
+const PrefillKernels<float>& prefill_kernels<float>() {
+  return table<float>();
+}
+template <>
+const PrefillKernels<uint16_t>& prefill_kernels<uint16_t>() {
+  return table<uint16_t>();
+}
+
+}  // namespace VISUALRWKV_SET
+}  // namespace visualrwkv
