@@ -79,6 +79,16 @@ VISUALRWKV_INLINE void set(uint16_t* p, V x) {
   std::memcpy(p, &half, sizeof(half));
 }
 
+// Calls body(first, how many as a constant of the type) for at most 4 of `count` at once.
+template <typename Body>
+VISUALRWKV_INLINE void by_fours(int64_t count, Body body) {
+  int64_t m = 0;
+  for (; m + 4 <= count; m += 4) body(m, std::integral_constant<int, 4>());
+  if (count - m == 3) body(m, std::integral_constant<int, 3>());
+  if (count - m == 2) body(m, std::integral_constant<int, 2>());
+  if (count - m == 1) body(m, std::integral_constant<int, 1>());
+}
+
 VISUALRWKV_INLINE void accumulate(V& sums, float&, V x) { sums += x; }
 VISUALRWKV_INLINE void accumulate(V&, float& rest, float x) { rest += x; }
 

@@ -1,226 +1,318 @@
 // The operator of prefill on the CPU: many tokens through all layers of RWKV-6, without gradients. Matrix products are
 // PyTorch's, the recurrence is wkv6, what lies between is in prefill_cpu_kernel.h. visualrwkv/inference.py calls it.
 
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
+#include <ATen/ThreadLocalState.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cstring>
+#include <exception>
 #include <limits>
+#include <mutex>
 #include <optional>
-#include <string>
 #include <type_traits>
 #include <vector>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "barrier.h"
+#include "cpu_choice.h"
 #include "prefill_cpu.h"
 #include "weights.h"
+#include "wkv6_check.h"
+#include "wkv6_cpu.h"
 
 namespace visualrwkv {
 namespace {
 
-bool has_avx512() {
-  static const bool has = at::get_cpu_capability().rfind("AVX512", 0) == 0;
-  return has;
+// Whether products in float32 go to oneDNN: where visualrwkv/ops/linear.py takes it, and for the same reason.
+bool by_onednn() {
+  return instruction_set() == InstructionSet::avx512 && at::globalContext().userEnabledMkldnn() &&
+         at::Context::hasMKLDNN();
 }
 
-template <typename E>
-const PrefillKernels<E>& chosen_prefill_kernels() {
-#if defined(__x86_64__)
-  // PyTorch's own choice, so that its variable ATEN_CPU_CAPABILITY holds here too.
-  if (has_avx512()) return avx512::prefill_kernels<E>();
-  static const bool has_avx2 = at::get_cpu_capability().rfind("AVX2", 0) == 0;
-  if (has_avx2) return avx2::prefill_kernels<E>();
-#endif
-  return plain::prefill_kernels<E>();
+Tensor onednn_linear(const Tensor& x, const Tensor& weight) {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "");
+  std::vector<c10::IValue> values = {x, weight, c10::IValue(), "none", c10::List<std::optional<at::Scalar>>(), ""};
+  op.callBoxed(&values);
+  return values[0].toTensor();
 }
 
-template <typename Body>
-void by_rows(int64_t rows, int64_t size, Body body) {
-  const int64_t grain = std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, size));
-  at::parallel_for(0, rows, grain, body);
-}
+struct Run {
+  int64_t begin, end;
+  int64_t count() const { return end - begin; }
+};
 
-Tensor call(const char* name, std::vector<c10::IValue> arguments, size_t result = 0) {
-  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
-  op.callBoxed(&arguments);
-  return arguments[result].toTensor();
-}
-
-// x weight^T; in float32 by oneDNN where visualrwkv/ops/linear.py takes it, and for the same reason.
-Tensor multiply(const Tensor& x, const Tensor& weight) {
-  if (x.scalar_type() != at::kFloat || !has_avx512() || !at::globalContext().userEnabledMkldnn() ||
-      !at::globalContext().hasMKLDNN())
-    return at::linear(x, weight);
-  c10::List<std::optional<at::Scalar>> none;
-  return call("mkldnn::_linear_pointwise", {x, weight, c10::IValue(), "none", none, ""});
-}
-
-// One call of the operator: the model, the sequences, and which rows are still worked on.
+// One call of the operator, by a team of threads. Each has a run of rows (positions of all sequences), for which it does
+// everything but the recurrence, which it does for a run of heads; five times a layer they wait for each other. Products
+// in a team are of one thread: with the few rows of a prompt a library's own threads would spend their time on waiting
+// for each other, 16 times a layer, all the more where the program has further threads that compute. A team of one
+// leaves the threads to the libraries.
 template <typename E>
 class Prefill {
  public:
-  Prefill(const Model& model, const Tensor& embeds, const Tensor& real, double norm_eps, double head_eps)
-      : m_(model), options_(embeds.options()), kernels_(chosen_prefill_kernels<E>()), real_(real), norm_eps_(norm_eps),
-        head_eps_(head_eps), batch_(embeds.size(0)), time_(embeds.size(1)) {
-    // Before the first layer stands its ln0.
-    x_ = matrix(m_.hidden);
-    NormAndMix p = rows(Tensor());
-    p.norm = m_.ln0;
-    p.x = embeds.data_ptr();
-    p.z = x_.data_ptr();
-    run(p);
+  Prefill(
+      const Model& model, const Tensor& embeds, at::TensorList state, const Tensor& real,
+      const std::vector<Tensor>& sources, int64_t tail, double norm_eps, double head_eps, int threads)
+      : m_(model), options_(embeds.options()), kernels_(VISUALRWKV_CHOOSE(prefill_kernels<E>())),
+        recurrence_(VISUALRWKV_CHOOSE(kernels<float>())), embeds_(embeds), real_(real), sources_(sources),
+        state_(state), tail_(tail), norm_eps_(norm_eps), head_eps_(head_eps), batch_(embeds.size(0)),
+        time_(embeds.size(1)), threads_(threads) {
+    allocate();
+    const int64_t D = m_.hidden, A = m_.attention, N = A / m_.heads;
+    for (Tensor* t : {&r_, &k_, &v_, &w_, &y_}) *t = matrix(A);
+    if (tail_) r_.zero_();  // y is wanted of the tail alone
+    for (size_t n = 0; n < m_.layers.size(); n++) {
+      after.push_back(at::empty({batch_, D}, options_));
+      after.push_back(at::empty({batch_, m_.heads, N, N}, options_.dtype(at::kFloat)));
+      after.push_back(at::empty({batch_, D}, options_));
+    }
   }
 
-  // Reads the sequences in the order that `source` gives, relative to the order of the layer before; layers with `last`
-  // give the outputs of so many positions only.
-  void layer(const LayerWeights& w, const Tensor& source, const Tensor (&state)[3], int64_t last, Tensor (&after)[3]) {
-    const int64_t D = m_.hidden, A = m_.attention, R = m_.mix_rank, H = m_.heads, N = A / H;
-    after[0] = at::empty({batch_, D}, options_);
-    after[2] = at::empty({batch_, D}, options_);
+  std::vector<Tensor> after;  // the state, in the order of the given one
 
-    // Time-mix: the residual stream of the layer before, its norm, the token shift that depends on the data.
-    const Tensor x = matrix(D), z = matrix(D), shifted = matrix(D);
-    NormAndMix p = rows(state[0]);
-    p.norm = w.ln1;
-    residual(p, source);
-    p.x_out = x.data_ptr();
-    p.z = z.data_ptr();
-    p.mixes = 1;
-    p.ratio[0] = w.maa[0];
-    p.mixed[0] = shifted.data_ptr();
-    p.new_shift = after[0].data_ptr();
-    run(p);
-    x_ = x;
-    const Tensor low = multiply(shifted, weight(w.maa_w1, D, 5 * R).t());
-    Tensor part[5], mixed[5];
-    E* parts[5];
-    for (int i = 0; i < 5; i++) {
-      part[i] = matrix(R);
-      parts[i] = elements(part[i]);
-    }
-    by_rows(low.size(0), 5 * R, [&](int64_t begin, int64_t end) {
-      kernels_.tangents(elements(low), parts, 5, R, begin, end);
-    });
-    MixByData mix;
-    static_cast<Sequences&>(mix) = p;
-    mix.size = D;
-    mix.z = z.data_ptr();
-    for (int i = 0; i < 5; i++) {
-      mixed[i] = multiply(part[i], weight(static_cast<const E*>(w.maa_w2) + i * R * D, R, D).t());
-      mix.ratio[i] = w.maa[1 + i];
-      mix.mixed[i] = mixed[i].data_ptr();
-    }
-    by_rows(z.size(0), 5 * D, [&](int64_t begin, int64_t end) { kernels_.mix_by_data(mix, begin, end); });
-
-    // The recurrence, over all positions.
-    const Tensor decay_low = multiply(mixed[0], weight(w.decay_w1, D, m_.decay_rank).t());
-    E* decay_part = elements(decay_low);
-    by_rows(decay_low.size(0), m_.decay_rank, [&](int64_t begin, int64_t end) {
-      kernels_.tangents(decay_part, &decay_part, 1, m_.decay_rank, begin, end);
-    });
-    const Tensor decay = multiply(decay_low, weight(w.decay_w2, m_.decay_rank, A).t()).add_(vector(w.decay, A));
-    const Tensor k = product(mixed[1], w.key), v = product(mixed[2], w.value);
-    if (real_.defined())  // nothing is written and nothing decays
-      for (int64_t m = 0; m < batch_ * time_; m++)
-        if (!real_.const_data_ptr<bool>()[m]) {
-          std::memset(elements(k) + m * A, 0, sizeof(E) * A);
-          std::fill_n(elements(decay) + m * A, A, no_decay());
-        }
-    const Tensor r = last ? at::zeros({batch_ * time_, A}, options_) : product(mixed[3], w.receptance);
-    if (last) ends(r, last).copy_(product(ends(mixed[3], last).flatten(0, 1), w.receptance).view({batch_, last, A}));
-    const auto heads = [&](const Tensor& t) { return t.view({batch_, time_, H, N}); };
-    std::vector<c10::IValue> arguments = {heads(r), heads(k), heads(v), heads(decay), vector(w.bonus, A).view({H, N}),
-                                          state[1]};
-    c10::Dispatcher::singleton().findSchemaOrThrow("visualrwkv::wkv6", "").callBoxed(&arguments);
-    Tensor y = arguments[0].toTensor().view({batch_ * time_, A}), gate_in = mixed[4];
-    after[1] = arguments[1].toTensor();
-    if (last) {
-      y = ends(y, last).flatten(0, 1);
-      gate_in = ends(gate_in, last).flatten(0, 1);
-      x_ = ends(x_, last).flatten(0, 1);
-      real_ = Tensor();
-      time_ = last;
-    }
-
-    const Tensor gate = product(gate_in, w.gate);
-    NormAndGate g;
-    g.heads = H;
-    g.size = A;
-    g.eps = head_eps_;
-    g.norm = w.ln_x;
-    g.y = y.data_ptr();
-    g.gate = gate.data_ptr();
-    by_rows(y.size(0), A, [&](int64_t begin, int64_t end) { kernels_.norm_and_gate(g, begin, end); });
-    add_ = product(y, w.output);
-    gate_ = Tensor();
-
-    // Channel-mix.
-    const Tensor through = matrix(D), normed = matrix(D), key_in = matrix(D), receptance_in = matrix(D);
-    p = rows(state[2]);
-    p.norm = w.ln2;
-    residual(p, Tensor());
-    p.x_out = through.data_ptr();
-    p.z = normed.data_ptr();
-    p.mixes = 2;
-    p.ratio[0] = w.ffn_maa_k;
-    p.ratio[1] = w.ffn_maa_r;
-    p.mixed[0] = key_in.data_ptr();
-    p.mixed[1] = receptance_in.data_ptr();
-    p.new_shift = after[2].data_ptr();
-    run(p);
-    x_ = through;
-    const Tensor inner = product(key_in, w.ffn_key);
-    by_rows(inner.numel(), 1, [&](int64_t begin, int64_t end) { kernels_.square_relu(elements(inner), begin, end); });
-    add_ = product(inner, w.ffn_value);
-    gate_ = product(receptance_in, w.ffn_receptance);
-  }
-
-  // Behind ln_out (B, time, D), in the order that `source` gives.
-  Tensor hidden(const Tensor& source) {
-    const Tensor out = matrix(m_.hidden);
-    NormAndMix p = rows(Tensor());
-    p.norm = m_.ln_out;
-    residual(p, source);
-    p.z = out.data_ptr();
-    run(p);
-    return out.view({batch_, time_, m_.hidden});
+  // Behind ln_out (B, T or `tail`, D).
+  Tensor hidden() {
+    team([this](int thread, int threads) { work(thread, threads); });
+    if (tail_) last_positions();
+    return hidden_.view({batch_, time_, m_.hidden});
   }
 
  private:
-  // Minus infinity: the state decays by exp(-exp(w)).
-  static E no_decay() {
-    if constexpr (std::is_same<E, float>::value) return -std::numeric_limits<float>::infinity();
-    return E(0xff80);
+  // ---- The walk through the model
+
+  void work(int thread, int threads) {
+    const int64_t rows = batch_ * time_, last = m_.layers.size() - 1;
+    const Run mine = {rows * thread / threads, rows * (thread + 1) / threads};
+    NormAndMix p = norm_and_mix(m_.ln0, Tensor());
+    p.x = embeds_.data_ptr();
+    p.z = stream_[0].data_ptr();
+    run(p, mine);
+    for (int64_t n = 0; n <= last; n++) {
+      wait();
+      before_recurrence(n, mine, n == last && tail_);
+      wait();
+      recur(n, thread, threads);
+      wait();
+      if (n == last && tail_) return;
+      after_recurrence(n, mine);
+    }
+    wait();
+    output(sources_[last + 1], mine);
   }
 
-  static E* elements(const Tensor& x) { return static_cast<E*>(x.data_ptr()); }
+  // The end of the last layer for the last positions of each sequence, which are copied together for it.
+  void last_positions() {
+    const int64_t last = m_.layers.size() - 1;
+    const Tensor kept[] = {ends(stream_[1]), ends(y_), ends(mixed_[4])};
+    threads_ = 1;
+    time_ = tail_;
+    real_ = Tensor();
+    allocate();
+    stream_[1] = kept[0];
+    y_ = kept[1];
+    mixed_[4] = kept[2];
+    const Run all = {0, batch_ * time_};
+    after_recurrence(last, all);
+    output(Tensor(), all);
+  }
+
+  // Time-mix up to the operands of the recurrence.
+  void before_recurrence(int64_t n, const Run& mine, bool for_tail) {
+    const LayerWeights& w = m_.layers[n];
+    const int64_t D = m_.hidden, A = m_.attention, R = m_.mix_rank;
+    NormAndMix p = norm_and_mix(w.ln1, state_[3 * n]);
+    p.x = stream_[0].data_ptr();
+    if (n) {
+      p.add = channel_.data_ptr();
+      p.gate = channel_gate_.data_ptr();
+    }
+    p.source = sources_[n].defined() ? sources_[n].const_data_ptr<int64_t>() : nullptr;
+    p.x_out = stream_[1].data_ptr();
+    p.z = z_.data_ptr();
+    p.mixes = 1;
+    p.ratio[0] = w.maa[0];
+    p.mixed[0] = mixed_[0].data_ptr();
+    p.new_shift = after[3 * n].data_ptr();
+    run(p, mine);
+
+    const Tensor low = multiply(part(mixed_[0], mine), weight(w.maa_w1, D, 5 * R).t());
+    wait();  // z is complete
+    MixByData mix;
+    static_cast<Sequences&>(mix) = p;
+    mix.low = {mine.begin, R, D, low.data_ptr(), w.maa_w2};
+    mix.z = z_.data_ptr();
+    for (int i = 0; i < 5; i++) {
+      mix.ratio[i] = w.maa[1 + i];
+      mix.mixed[i] = mixed_[i].data_ptr();
+    }
+    by_rows(mine, 5 * D, [&](int64_t begin, int64_t end) { kernels_.mix_by_data(mix, begin, end); });
+
+    const Tensor decay_low = multiply(part(mixed_[0], mine), weight(w.decay_w1, D, m_.decay_rank).t());
+    const LowRank decay = {mine.begin, m_.decay_rank, A, decay_low.data_ptr(), w.decay_w2};
+    by_rows(mine, A, [&](int64_t begin, int64_t end) {
+      kernels_.decays(decay, static_cast<const E*>(w.decay), elements(w_), begin, end);
+    });
+    multiply_into(k_, mine, part(mixed_[1], mine), w.key);
+    multiply_into(v_, mine, part(mixed_[2], mine), w.value);
+    if (real_.defined())  // nothing is written and nothing decays
+      for (int64_t m = mine.begin; m < mine.end; m++)
+        if (!real_.const_data_ptr<bool>()[m]) {
+          std::memset(elements(k_) + m * A, 0, sizeof(E) * A);
+          std::fill_n(elements(w_) + m * A, A, no_decay());
+        }
+    for (const Run& wanted : for_tail ? tails(mine) : std::vector<Run>{mine})
+      multiply_into(r_, wanted, part(mixed_[3], wanted), w.receptance);
+  }
+
+  void recur(int64_t n, int thread, int threads) {
+    const int64_t H = m_.heads, N = m_.attention / H;
+    const auto heads = [&](const Tensor& t) { return t.view({batch_, time_, H, N}); };
+    const Tensor bonus = vector(m_.layers[n].bonus, m_.attention).to(at::kFloat).view({H, N});
+    Forward<float> p;
+    set_problem<float>(p, heads(r_), heads(k_), heads(v_), heads(w_), bonus, state_[3 * n + 1]);
+    p.y = rows_of(heads(y_));
+    p.final_state = after[3 * n + 1].mutable_data_ptr<float>();
+    const int64_t sequences = batch_ * H;
+    if (threads_ > 1)
+      recurrence_.forward(p, sequences * thread / threads, sequences * (thread + 1) / threads);
+    else
+      at::parallel_for(0, sequences, 1, [&](int64_t begin, int64_t end) { recurrence_.forward(p, begin, end); });
+  }
+
+  // The end of the time-mix, and the channel-mix.
+  void after_recurrence(int64_t n, const Run& mine) {
+    const LayerWeights& w = m_.layers[n];
+    const Tensor gate = multiply(part(mixed_[4], mine), w.gate);
+    NormAndGate g;
+    g.heads = m_.heads;
+    g.size = m_.attention;
+    g.eps = head_eps_;
+    g.norm = w.ln_x;
+    g.y = part(y_, mine).data_ptr();
+    g.gate = gate.data_ptr();
+    by_rows({0, mine.count()}, m_.attention, [&](int64_t begin, int64_t end) { kernels_.norm_and_gate(g, begin, end); });
+    multiply_into(time_mix_, mine, part(y_, mine), w.output);
+    wait();  // the token shift looks at the row before
+
+    NormAndMix p = norm_and_mix(w.ln2, state_[3 * n + 2]);
+    p.x = stream_[1].data_ptr();
+    p.add = time_mix_.data_ptr();
+    p.x_out = stream_[0].data_ptr();
+    p.z = z_.data_ptr();
+    p.mixes = 2;
+    p.ratio[0] = w.ffn_maa_k;
+    p.ratio[1] = w.ffn_maa_r;
+    p.mixed[0] = mixed_[0].data_ptr();
+    p.mixed[1] = mixed_[1].data_ptr();
+    p.new_shift = after[3 * n + 2].data_ptr();
+    run(p, mine);
+    const Tensor inner = multiply(part(mixed_[0], mine), w.ffn_key);
+    by_rows({0, inner.numel()}, 1, [&](int64_t begin, int64_t end) {
+      kernels_.square_relu(elements(inner), begin, end);
+    });
+    multiply_into(channel_, mine, inner, w.ffn_value);
+    multiply_into(channel_gate_, mine, part(mixed_[1], mine), w.ffn_receptance);
+  }
+
+  void output(const Tensor& source, const Run& mine) {
+    NormAndMix p = norm_and_mix(m_.ln_out, Tensor());
+    p.x = stream_[0].data_ptr();
+    p.add = channel_.data_ptr();
+    p.gate = channel_gate_.data_ptr();
+    p.source = source.defined() ? source.const_data_ptr<int64_t>() : nullptr;
+    p.z = hidden_.data_ptr();
+    run(p, mine);
+  }
+
+  // ---- Threads
+
+  template <typename Work>
+  void team(Work work) {
+#ifdef _OPENMP
+    if (threads_ > 1) {
+      const at::ThreadLocalState here;
+      std::exception_ptr failure;
+      std::mutex lock;
+#pragma omp parallel num_threads(threads_)
+      {
+        const at::ThreadLocalStateGuard guard(here);
+        try {
+#pragma omp single
+          threads_ = omp_get_num_threads();
+          work(omp_get_thread_num(), omp_get_num_threads());
+        } catch (...) {
+          const std::lock_guard<std::mutex> hold(lock);
+          if (!failure) failure = std::current_exception();
+          barrier_.give_up();
+        }
+      }
+      if (failure) std::rethrow_exception(failure);
+      return;
+    }
+#endif
+    work(0, 1);
+  }
+
+  void wait() { barrier_.wait(threads_); }
+
+  template <typename Body>
+  void by_rows(const Run& rows, int64_t size, Body body) const {
+    if (threads_ > 1) return body(rows.begin, rows.end);
+    at::parallel_for(rows.begin, rows.end, std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, size)), body);
+  }
+
+  void run(const NormAndMix& p, const Run& mine) const {
+    by_rows(mine, p.size, [&](int64_t begin, int64_t end) { kernels_.norm_and_mix(p, begin, end); });
+  }
+
+  // ---- Memory
+
+  void allocate() {
+    const int64_t D = m_.hidden;
+    for (Tensor* t : {&stream_[0], &stream_[1], &z_, &time_mix_, &channel_, &channel_gate_, &hidden_}) *t = matrix(D);
+    for (Tensor& t : mixed_) t = matrix(D);
+  }
 
   Tensor matrix(int64_t columns) const { return at::empty({batch_ * time_, columns}, options_); }
 
-  Tensor weight(const void* data, int64_t rows, int64_t columns) const {
-    return at::from_blob(const_cast<void*>(data), {rows, columns}, options_);
-  }
-  Tensor vector(const void* data, int64_t size) const { return at::from_blob(const_cast<void*>(data), {size}, options_); }
+  static E* elements(const Tensor& x) { return static_cast<E*>(x.data_ptr()); }
 
-  Tensor product(const Tensor& x, const Matrix& w) const {
-    if (w.format != Format::int8) return multiply(x, weight(w.data, w.rows, w.columns));
-    const Tensor bytes = at::from_blob(const_cast<void*>(w.data), {w.rows, w.columns}, options_.dtype(at::kChar));
-    const Tensor scale = at::from_blob(const_cast<float*>(w.scale), {w.rows}, options_.dtype(at::kFloat));
-    return multiply(x, bytes.to(x.scalar_type())).mul_(scale);
-  }
+  static Tensor part(const Tensor& x, const Run& rows) { return x.narrow(0, rows.begin, rows.count()); }
 
-  // The last positions of each sequence (B, count, columns).
-  Tensor ends(const Tensor& x, int64_t count) const {
-    return x.view({batch_, time_, x.size(1)}).narrow(1, time_ - count, count);
+  // Those of the last `tail_` positions of each sequence that are in a run of rows.
+  std::vector<Run> tails(const Run& rows) const {
+    std::vector<Run> found;
+    for (int64_t b = 0; b < batch_; b++) {
+      const Run tail = {std::max((b + 1) * time_ - tail_, rows.begin), std::min((b + 1) * time_, rows.end)};
+      if (tail.begin < tail.end) found.push_back(tail);
+    }
+    return found;
   }
 
-  NormAndMix rows(const Tensor& shift) const {
+  Tensor ends(const Tensor& x) const {
+    return x.view({batch_, time_, x.size(1)}).narrow(1, time_ - tail_, tail_).flatten(0, 1);
+  }
+
+  // Minus infinity: the state decays by exp(-exp(w)).
+  static E no_decay() {
+    if constexpr (std::is_same<E, float>::value)
+      return -std::numeric_limits<float>::infinity();
+    else
+      return 0xff80;
+  }
+
+  NormAndMix norm_and_mix(const Norm& norm, const Tensor& shift) const {
     NormAndMix p;
     p.batch = batch_;
     p.time = time_;
@@ -228,27 +320,61 @@ class Prefill {
     p.old_shift = shift.defined() ? shift.data_ptr() : nullptr;
     p.size = m_.hidden;
     p.eps = norm_eps_;
+    p.norm = norm;
     return p;
   }
 
-  // The stream so far: x, and what the part before adds to it.
-  void residual(NormAndMix& p, const Tensor& source) const {
-    p.x = x_.data_ptr();
-    p.add = add_.defined() ? add_.data_ptr() : nullptr;
-    p.gate = gate_.defined() ? gate_.data_ptr() : nullptr;
-    p.source = source.defined() ? source.const_data_ptr<int64_t>() : nullptr;
+  // ---- Products
+
+  Tensor weight(const void* data, int64_t rows, int64_t columns) const {
+    return at::from_blob(const_cast<void*>(data), {rows, columns}, options_);
+  }
+  Tensor vector(const void* data, int64_t size) const { return at::from_blob(const_cast<void*>(data), {size}, options_); }
+
+  // x weight^T.
+  static Tensor multiply(const Tensor& x, const Tensor& weight) {
+    return x.scalar_type() == at::kFloat && by_onednn() ? onednn_linear(x, weight) : at::linear(x, weight);
   }
 
-  void run(const NormAndMix& p) const {
-    by_rows(p.batch * p.time, p.size, [&](int64_t begin, int64_t end) { kernels_.norm_and_mix(p, begin, end); });
+  Tensor multiply(const Tensor& x, const Matrix& w) const {
+    if (w.format != Format::int8) return multiply(x, weight(w.data, w.rows, w.columns));
+    const Tensor bytes = at::from_blob(const_cast<void*>(w.data), {w.rows, w.columns}, options_.dtype(at::kChar));
+    const Tensor scale = at::from_blob(const_cast<float*>(w.scale), {w.rows}, options_.dtype(at::kFloat));
+    return multiply(x, bytes.to(x.scalar_type())).mul_(scale);
+  }
+
+  // The same into some rows of `out`.
+  static void multiply_into(const Tensor& out, const Run& rows, const Tensor& x, const Tensor& weight) {
+    Tensor to = part(out, rows);
+    if (x.scalar_type() == at::kFloat && by_onednn())
+      to.copy_(onednn_linear(x, weight));
+    else
+      at::mm_out(to, x, weight.t());
+  }
+
+  void multiply_into(const Tensor& out, const Run& rows, const Tensor& x, const Matrix& w) const {
+    if (w.format == Format::int8)
+      part(out, rows).copy_(multiply(x, w));
+    else
+      multiply_into(out, rows, x, weight(w.data, w.rows, w.columns));
   }
 
   const Model& m_;
   const at::TensorOptions options_;
   const PrefillKernels<E>& kernels_;
-  Tensor real_, x_, add_, gate_;
-  double norm_eps_, head_eps_;
-  int64_t batch_, time_;
+  const Kernels<float>& recurrence_;
+  const Tensor embeds_;
+  Tensor real_;
+  const std::vector<Tensor>& sources_;
+  at::TensorList state_;
+  const int64_t tail_;
+  const double norm_eps_, head_eps_;
+  const int64_t batch_;
+  int64_t time_;
+  int threads_;
+  Barrier barrier_;
+  // Rows of all threads. The residual stream changes its place twice a layer: neighbours still read the former one.
+  Tensor stream_[2], z_, mixed_[5], r_, k_, v_, w_, y_, time_mix_, channel_, channel_gate_, hidden_;
 };
 
 // Whether the last `count` positions of all sequences are real, and read in their natural order.
@@ -296,16 +422,18 @@ std::vector<Tensor> rwkv6_prefill(
   int64_t tail = keep > 0 && keep + 1 < time ? keep + 1 : 0;
   if (tail && !plain_end(mask, source[layers], tail)) tail = 0;
 
+  int threads = 1;
+#ifdef _OPENMP
+  // In a team every thread reads all weights: with few rows for each the memory would be what they wait for.
+  const int64_t wanted = at::get_num_threads();
+  if (!omp_in_parallel() && batch * time >= 8 * wanted * wanted) threads = wanted;
+#endif
+
   std::vector<Tensor> result(1);
   const auto go = [&](auto zero) {
-    Prefill<decltype(zero)> prefill(model, embeds, mask, norm_eps, head_eps);
-    for (int64_t n = 0; n < layers; n++) {
-      const Tensor before[3] = {state[3 * n], state[3 * n + 1], state[3 * n + 2]};
-      Tensor after[3];
-      prefill.layer(model.layers[n], source[n], before, n + 1 == layers ? tail : 0, after);
-      result.insert(result.end(), after, after + 3);
-    }
-    result[0] = prefill.hidden(tail ? Tensor() : source[layers]);
+    Prefill<decltype(zero)> prefill(model, embeds, state, mask, source, tail, norm_eps, head_eps, threads);
+    result[0] = prefill.hidden();
+    result.insert(result.end(), prefill.after.begin(), prefill.after.end());
   };
   if (type == at::kFloat)
     go(float());

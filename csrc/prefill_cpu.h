@@ -28,11 +28,18 @@ struct NormAndMix : Sequences {
   void* new_shift = nullptr;  // (batch, size): z of the last position that is real; may be null
 };
 
-// mixed[i] = z + (z before - z) * (ratio[i] + mixed[i]).
+// The second half of low-rank maps: base + tanh(low) w.
+struct LowRank {
+  int64_t first, rank, size;
+  const void* low;  // (rows, parts * rank), from row `first` on
+  const void* w;    // (parts, rank, size)
+};
+
+// mixed[i] = z + (z before - z) * part i of the low-rank map.
 struct MixByData : Sequences {
-  int64_t size;
+  LowRank low;
+  const void* ratio[5];  // (size): the bases
   const void* z;
-  const void* ratio[5];  // (size)
   void* mixed[5];
 };
 
@@ -50,8 +57,7 @@ struct PrefillKernels {
   void (*norm_and_mix)(const NormAndMix&, int64_t begin, int64_t end);
   void (*mix_by_data)(const MixByData&, int64_t begin, int64_t end);
   void (*norm_and_gate)(const NormAndGate&, int64_t begin, int64_t end);
-  // x (rows, parts * size) -> out[part] (rows, size) = tanh; with one part it may be x itself.
-  void (*tangents)(const E* x, E* const* out, int64_t parts, int64_t size, int64_t begin, int64_t end);
+  void (*decays)(const LowRank&, const E* base, E* out, int64_t begin, int64_t end);  // one part: out (rows, size)
   void (*square_relu)(E* x, int64_t begin, int64_t end);  // elements
 };
 

@@ -86,25 +86,88 @@ void norm_and_mix(const NormAndMix& p, int64_t begin, int64_t end) {
   }
 }
 
+constexpr int columns_at_once = VISUALRWKV_BYTES == 64 ? 4 : 2;  // vectors; with four rows the sums fit the registers
+
+// Columns [n, n + C lanes) of M rows of base + low w, handed to use(row, column, sum).
+template <int M, int C, typename E, typename Use>
+VISUALRWKV_INLINE void low_rank_columns(
+    const float* __restrict__ low, int64_t low_stride, const E* __restrict__ w, const E* base, int64_t rank,
+    int64_t size, int64_t n, Use use) {
+  V sums[M][C];
+  for (int m = 0; m < M; m++)
+    for (int c = 0; c < C; c++) sums[m][c] = load_as_float(base + n + c * W);
+  for (int64_t i = 0; i < rank; i++) {
+    V row[C];
+    for (int c = 0; c < C; c++) row[c] = load_as_float(w + i * size + n + c * W);
+    for (int m = 0; m < M; m++)
+      for (int c = 0; c < C; c++) sums[m][c] += row[c] * low[m * low_stride + i];
+  }
+  for (int m = 0; m < M; m++)
+    for (int c = 0; c < C; c++) use(m, n + c * W, sums[m][c]);
+}
+
+template <int M, typename E, typename Use>
+VISUALRWKV_INLINE void low_rank(
+    const float* low, int64_t low_stride, const E* w, const E* base, int64_t rank, int64_t size, Use use) {
+  int64_t n = 0;
+  for (; n + columns_at_once * W <= size; n += columns_at_once * W)
+    low_rank_columns<M, columns_at_once>(low, low_stride, w, base, rank, size, n, use);
+  for (; n + W <= size; n += W) low_rank_columns<M, 1>(low, low_stride, w, base, rank, size, n, use);
+  for (; n < size; n++)
+    for (int m = 0; m < M; m++) {
+      float sum = as_float(base[n]);
+      for (int64_t i = 0; i < rank; i++) sum += as_float(w[i * size + n]) * low[m * low_stride + i];
+      use(m, n, sum);
+    }
+}
+
+// tanh of rows [begin, begin + count) of a low-rank map, `width` numbers each.
+template <typename E>
+void tangents(float* out, const LowRank& p, int64_t width, int64_t begin, int64_t count) {
+  const E* low = static_cast<const E*>(p.low) + (begin - p.first) * width;
+  each(0, count * width, [&](int64_t n, auto lanes) { set(out + n, tangent(get(low + n, lanes))); });
+}
+
+template <typename E>
+void decays(const LowRank& p, const E* base, E* out, int64_t begin, int64_t end) {
+  std::vector<float> low(4 * p.rank);
+  by_fours(end - begin, [&](int64_t first, auto count) {
+    constexpr int M = decltype(count)::value;
+    tangents<E>(low.data(), p, p.rank, begin + first, M);
+    E* const rows = out + (begin + first) * p.size;
+    low_rank<M>(low.data(), p.rank, static_cast<const E*>(p.w), base, p.rank, p.size, [&](int m, int64_t n, auto sum) {
+      set(rows + m * p.size + n, sum);
+    });
+  });
+}
+
 template <typename E>
 void mix_by_data(const MixByData& p, int64_t begin, int64_t end) {
-  const int64_t size = p.size;
+  const int64_t size = p.low.size, rank = p.low.rank;
   const E* const all = static_cast<const E*>(p.z);
+  std::vector<float> low(4 * 5 * rank);
   Predecessor<E> previous(p, size);
   previous.start(begin, [&](int64_t m) { return all + m * size; });
-  for (int64_t m = begin; m < end; m++) {
-    const E* const z = all + m * size;
-    previous.enter(m);
-    for (int i = 0; i < 5; i++) {
-      const E* ratio = static_cast<const E*>(p.ratio[i]);
-      E* out = static_cast<E*>(p.mixed[i]) + m * size;
-      each(0, size, [&](int64_t n, auto lanes) {
-        const auto here = get(z + n, lanes), share = get(ratio + n, lanes) + get(out + n, lanes);
-        set(out + n, here + (get(previous.at + n, lanes) - here) * share);
-      });
+  by_fours(end - begin, [&](int64_t first, auto count) {
+    constexpr int M = decltype(count)::value;
+    const E *z[M], *before[M];
+    for (int m = 0; m < M; m++) {
+      z[m] = all + (begin + first + m) * size;
+      previous.enter(begin + first + m);
+      before[m] = previous.at;
+      previous.leave(begin + first + m, z[m]);
     }
-    previous.leave(m, z);
-  }
+    tangents<E>(low.data(), p.low, 5 * rank, begin + first, M);
+    for (int i = 0; i < 5; i++) {
+      const E* const w = static_cast<const E*>(p.low.w) + i * rank * size;
+      E* const out = static_cast<E*>(p.mixed[i]) + (begin + first) * size;
+      low_rank<M>(low.data() + i * rank, 5 * rank, w, static_cast<const E*>(p.ratio[i]), rank, size,
+                  [&](int m, int64_t n, auto share) {
+                    const auto here = get(z[m] + n, share);
+                    set(out + m * size + n, here + (get(before[m] + n, share) - here) * share);
+                  });
+    }
+  });
 }
 
 template <typename E>
@@ -126,16 +189,6 @@ void norm_and_gate(const NormAndGate& p, int64_t begin, int64_t end) {
 }
 
 template <typename E>
-void tangents(const E* x, E* const* out, int64_t parts, int64_t size, int64_t begin, int64_t end) {
-  for (int64_t m = begin; m < end; m++)
-    for (int64_t i = 0; i < parts; i++) {
-      const E* from = x + (m * parts + i) * size;
-      E* to = out[i] + m * size;
-      each(0, size, [&](int64_t n, auto lanes) { set(to + n, tangent(get(from + n, lanes))); });
-    }
-}
-
-template <typename E>
 void square_relu(E* x, int64_t begin, int64_t end) {
   each(begin, end, [&](int64_t n, auto lanes) {
     const auto value = get(x + n, lanes), positive = value <= 0 ? 0 * lanes : value;
@@ -146,7 +199,7 @@ void square_relu(E* x, int64_t begin, int64_t end) {
 template <typename E>
 const PrefillKernels<E>& table() {
   static const PrefillKernels<E> kernels = {
-      norm_and_mix<E>, mix_by_data<E>, norm_and_gate<E>, tangents<E>, square_relu<E>};
+      norm_and_mix<E>, mix_by_data<E>, norm_and_gate<E>, decays<E>, square_relu<E>};
   return kernels;
 }
 

@@ -2,7 +2,6 @@
 // weights where the model keeps them. visualrwkv/inference.py calls them.
 
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/InferenceMode.h>
@@ -24,6 +23,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "cpu_choice.h"
 #include "step_cpu.h"
 #include "weights.h"
 
@@ -32,15 +32,7 @@ namespace {
 
 using at::Tensor;
 
-const StepKernels& chosen_step_kernels() {
-#if defined(__x86_64__)
-  // PyTorch's own choice, so that its variable ATEN_CPU_CAPABILITY holds here too.
-  static const std::string capability = at::get_cpu_capability();
-  if (capability.rfind("AVX512", 0) == 0) return avx512::step_kernels();
-  if (capability.rfind("AVX2", 0) == 0) return avx2::step_kernels();
-#endif
-  return plain::step_kernels();
-}
+const StepKernels& chosen_step_kernels() { return VISUALRWKV_CHOOSE(step_kernels()); }
 
 constexpr uintptr_t huge_page = 2 << 20;
 

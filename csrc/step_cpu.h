@@ -1,10 +1,9 @@
 // What the operators of decoding (step.cpp) and their CPU kernels share; free of PyTorch headers.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
-#include <thread>
 
+#include "barrier.h"
 #include "layer.h"
 
 namespace visualrwkv {
@@ -36,30 +35,6 @@ inline int64_t step_scratch(const Step& s, int64_t threads) {
   const int64_t low = padded16(5 * s.mix_rank) + padded16(s.decay_rank);
   return s.batch * (7 * d + 6 * a + padded16(s.inner) + threads * (own + 2 * low));
 }
-
-// Threads that wait for each other by looking: the phases of a step last microseconds.
-class Barrier {
- public:
-  void wait(int threads) {
-    if (threads == 1) return;
-    const int round = round_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
-      arrived_.store(0, std::memory_order_relaxed);
-      round_.store(round + 1, std::memory_order_release);
-      return;
-    }
-    for (int looks = 0; round_.load(std::memory_order_acquire) == round; looks++) {
-      if (looks > 20000) std::this_thread::yield();  // somebody else has this thread's partner's core
-#if defined(__x86_64__)
-      __builtin_ia32_pause();
-#endif
-    }
-  }
-
- private:
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<int> round_{0};
-};
 
 // The kernels of one instruction set. `step` is called by all threads of a team at once, `product` for some rows:
 // y (B, y_stride) [rows begin to end) = x (B, columns) w^T.

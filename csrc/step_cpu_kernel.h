@@ -71,16 +71,6 @@ void product_one(
   }
 }
 
-// Calls body(first of the sequences, how many as a constant of the type) for at most 4 at once.
-template <typename Body>
-VISUALRWKV_INLINE void by_fours(int64_t batch, Body body) {
-  int64_t m = 0;
-  for (; m + 4 <= batch; m += 4) body(m, std::integral_constant<int, 4>());
-  if (batch - m == 3) body(m, std::integral_constant<int, 3>());
-  if (batch - m == 2) body(m, std::integral_constant<int, 2>());
-  if (batch - m == 1) body(m, std::integral_constant<int, 1>());
-}
-
 // Calls body(row, how many as a constant of the type) for rows [begin, end), `tile` of them at once as far as they go;
 // asks for the next tile's bytes before.
 template <typename E, typename Body>

@@ -2,7 +2,6 @@
 // visualrwkv/ops/reference.py; visualrwkv/ops/kernel.py adds the shapes for tracing and the autograd formula.
 
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -11,7 +10,9 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 
+#include "cpu_choice.h"
 #include "wkv6_check.h"
 #include "wkv6_cpu.h"
 
@@ -20,19 +21,11 @@ namespace {
 
 template <typename T>
 const Kernels<T>& chosen_kernels() {
-  return plain::kernels<T>();
+  if constexpr (std::is_same<T, double>::value)
+    return plain::kernels<double>();
+  else
+    return VISUALRWKV_CHOOSE(kernels<float>());
 }
-
-#if defined(__x86_64__)
-template <>
-const Kernels<float>& chosen_kernels<float>() {
-  // PyTorch's own choice, so that its variable ATEN_CPU_CAPABILITY holds here too.
-  static const std::string capability = at::get_cpu_capability();
-  if (capability.rfind("AVX512", 0) == 0) return avx512::kernels<float>();
-  if (capability.rfind("AVX2", 0) == 0) return avx2::kernels<float>();
-  return plain::kernels<float>();
-}
-#endif
 
 // Runs a kernel over batch * heads sequences. Starting a thread costs about as much as some dozen tokens.
 template <typename Arguments>

@@ -20,9 +20,11 @@ import pytest
 import torch
 
 from visualrwkv.errors import InputError
+from visualrwkv.image_processing import load_image
 from visualrwkv.prompt import Turn
 from visualrwkv.sampling import Sampling
 from visualrwkv.serving import app, engine, requests
+from visualrwkv.serving.pictures import RecentPictures
 from visualrwkv.streaming import ReplyText
 
 QUESTIONS = ["What is the colour?", "What?", "What is it, 在哪里?", "How many objects do you see in the picture?"]
@@ -408,7 +410,7 @@ REMOTE = requests.Limits(remote_images=True, remote_bytes=20_000, remote_seconds
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "127.1", "2130706433", "0x7f000001"])
 def test_the_own_machine_is_not_fetched_from(host):
     with pytest.raises(InputError, match="public internet|no host"):
-        requests.open_source(f"http://{host}:1/picture.png", REMOTE, 10**6)
+        requests.open_source(f"http://{host}:1/picture.png", REMOTE)
 
 
 @pytest.fixture
@@ -443,13 +445,13 @@ def web(picture_file, monkeypatch):
 
 
 def test_remote_pictures_within_limits(web, pictures):
-    assert requests.open_source(web + "/picture", REMOTE, 10**6).tobytes() == pictures[0].tobytes()
+    assert load_image(requests.open_source(web + "/picture", REMOTE)).tobytes() == pictures[0].tobytes()
     for page, words in (("/moved", "redirects"), ("/large", "larger"), ("/slow", "more than 1 s")):
         with pytest.raises(InputError, match=words):
-            requests.open_source(web + page, REMOTE, 10**6)
+            requests.open_source(web + page, REMOTE)
     for address in ("http://", "http://:80/", "http://[::1", "http://127.0.0.1:99999/", "https://a b/"):
         with pytest.raises(InputError, match="no host"):
-            requests.open_source(address, REMOTE, 10**6)
+            requests.open_source(address, REMOTE)
 
 
 def test_replies_leave_and_join_without_touching_each_other(vlm):
@@ -459,7 +461,7 @@ def test_replies_leave_and_join_without_touching_each_other(vlm):
     def reply(name, text, count):
         ids, _ = vlm.processor.encode_turns([Turn("user", text)], open_reply=True)
         told[name] = []
-        return engine.Reply(ids, None, Sampling(max_new_tokens=count), lambda *event: told[name].append(event))
+        return engine.Reply(ids, [], Sampling(max_new_tokens=count), lambda *event: told[name].append(event))
 
     line = engine.Engine(vlm, slots=2)
     replies = [reply(number, "What? " * (number + 1), 5 + 7 * number) for number in range(5)]
@@ -472,6 +474,52 @@ def test_replies_leave_and_join_without_touching_each_other(vlm):
     line.close()
     with pytest.raises(RuntimeError, match="closed"):
         line.submit(replies[0])
+
+
+def test_pictures_seen_lately_are_not_encoded_again(vlm, pictures, picture_file, monkeypatch):
+    encoded, told = [], []
+    encode = vlm.model.get_image_features
+    monkeypatch.setattr(vlm.model, "get_image_features", lambda pixels: encoded.append(len(pixels)) or encode(pixels))
+    sampling = {"max_new_tokens": 4}
+    line = engine.Engine(vlm, slots=4)
+
+    def ask(*files):
+        uris = ["data:image/png;base64," + base64.b64encode(file).decode() for file in files]
+        asked = requests.ChatRequest([Turn("user", "What?", images=len(uris))], uris, Sampling(**sampling), False, False)
+        ids, _ = vlm.processor.encode_turns(asked.turns, open_reply=True)
+        read = requests.read_pictures(asked, vlm.processor, requests.Limits(), line.recent)
+        told.clear()
+        line.submit(engine.Reply(ids, read, asked.sampling, lambda *event: told.append(event)))
+        wait_until(lambda: told and told[-1][1])
+        return "".join(text for text, _ in told), read
+
+    def png(picture):
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        return file.getvalue()
+
+    first, other = picture_file.read_bytes(), png(pictures[1])
+    alone, _ = ask(first)
+    assert alone == vlm.ask(picture_file, "What?", **sampling)
+    before = len(encoded)
+    again, read = ask(first)
+    assert again == alone and len(encoded) == before and read[0].pixels is None
+    both, _ = ask(first, other, other)  # the second one is new, and comes twice
+    assert encoded[before:] == [1]
+    assert both == vlm.ask([pictures[0], pictures[1], pictures[1]], "What?", **sampling)
+    line.close()
+
+
+def test_recent_pictures_stay_within_their_bytes():
+    recent = RecentPictures(limit=1000)
+    for number in range(10):
+        recent.put(bytes([number % 5]), torch.zeros(1, 10, 10) + number)
+        assert recent.nbytes <= 1000
+    assert recent.get(bytes([0])) is None and recent.get(bytes([4]))[0, 0, 0] == 9
+    recent.get(bytes([3])), recent.put(b"new", torch.zeros(1, 10, 10))
+    assert recent.get(bytes([3])) is not None and recent.get(bytes([4])) is None  # the longest unseen one went
+    recent.put(b"large", torch.zeros(1, 100, 10))
+    assert recent.nbytes == 0 and recent.get(b"large") is None
 
 
 def test_ctrl_c_ends_the_server(random_folder):

@@ -141,7 +141,7 @@ class Service:
     async def _answer(self, request: Request, ticket: "_Ticket"):
         body = await self._body(request)
         loop = asyncio.get_running_loop()
-        asked, ids, pixels = await loop.run_in_executor(self._readers, self._prepare, body)
+        asked, ids, pictures = await loop.run_in_executor(self._readers, self._prepare, body)
         del body
         events: asyncio.Queue = asyncio.Queue()
 
@@ -149,7 +149,7 @@ class Service:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
                 loop.call_soon_threadsafe(events.put_nowait, (text, finish))
 
-        reply = Reply(ids, pixels, asked.sampling, tell)
+        reply = Reply(ids, pictures, asked.sampling, tell)
         completion = _Completion(self._settings.model, len(ids), asked)
         if asked.stream:
             ticket.streaming = True
@@ -175,7 +175,7 @@ class Service:
     def _prepare(self, body: bytes):
         asked = parse(body, self._settings.model, self._limits)
         ids = check_prompt(asked, self._processor, self._limits)
-        return asked, ids, read_pictures(asked, self._processor, self._limits)
+        return asked, ids, read_pictures(asked, self._processor, self._limits, self.engine.recent)
 
     async def _body(self, request: Request, keep: bool = True) -> bytes:
         """The body within its limit; what is beyond it is read on for a while and thrown away."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from visualrwkv.sampling import Sampling, TokenChoice
+from visualrwkv.serving.pictures import Picture, RecentPictures
 from visualrwkv.state import RWKVState
 from visualrwkv.streaming import ReplyText
 
@@ -31,7 +32,7 @@ class Reply:
 
     Args:
         ids: of the prompt.
-        pixels: (n, 3, S, S) of its pictures, None without any.
+        pictures: in the order of their places in the prompt.
         sampling: how to choose.
         tell: called in the engine's thread with (text that is certain now, finish). `finish` is None while more
             follows, then "stop", "length", or the exception that ended the reply.
@@ -39,7 +40,7 @@ class Reply:
     """
 
     ids: list[int]
-    pixels: Tensor | None
+    pictures: list[Picture]
     sampling: Sampling
     tell: Callable[[str, object], None]
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -79,6 +80,7 @@ class Engine:
 
     def __init__(self, vlm, slots: int = 32):
         self.slots = slots
+        self.recent = RecentPictures()
         self._model, self._tokenizer = vlm.model, vlm.processor.tokenizer
         self._never = torch.tensor([vlm.model.config.image_token_id], device=vlm.model.device)  # places are no answer
         self._changed = threading.Condition()
@@ -155,22 +157,34 @@ class Engine:
                 reply.begin(self._tokenizer, self._model.device)
             inputs = self._tokenizer.pad({"input_ids": [reply.ids for reply in replies]}, return_tensors="pt")
             inputs = {name: value.to(self._model.device) for name, value in inputs.items()}
-            pictures = [reply.pixels for reply in replies if reply.pixels is not None]
+            pictures = [picture for reply in replies for picture in reply.pictures]
             if pictures:
-                groups = torch.cat(pictures).to(self._model.device).split(PICTURES_AT_ONCE)
-                inputs["image_features"] = torch.cat([self._model.get_image_features(group) for group in groups])
+                inputs["image_features"] = torch.cat(self._encode(pictures))
             output = self._model(**inputs, logits_to_keep=1)
         except Exception as error:
             self._fail(replies, error)
             return
         finally:
             for reply in replies:
-                reply.pixels = None
+                reply.pictures = []
         joined = [output.cache] if self._state is None else [self._state, output.cache]
         old = self._last
         self._running = [*self._running, *replies]
         self._state, self._last = RWKVState.concatenate(joined), [*old, *([0] * len(replies))]
         self._choose(output.logits[:, -1], first=len(old))
+
+    def _encode(self, pictures: list[Picture]) -> list[Tensor]:
+        """Features (1, num_image_tokens, D) of each; a picture that comes more than once goes through the tower once."""
+        features = {picture.digest: picture.features for picture in pictures}
+        fresh = [digest for digest, known in features.items() if known is None]
+        pixels = {picture.digest: picture.pixels for picture in pictures if picture.features is None}
+        for start in range(0, len(fresh), PICTURES_AT_ONCE):
+            group = fresh[start : start + PICTURES_AT_ONCE]
+            values = torch.cat([pixels[digest] for digest in group]).to(self._model.device)
+            for digest, one in zip(group, self._model.get_image_features(values).split(1), strict=True):
+                features[digest] = one.clone()  # by itself, not as a part of the whole group's memory
+                self.recent.put(digest, features[digest])
+        return [features[picture.digest] for picture in pictures]
 
     def _advance(self) -> None:
         """All replies under way: one token further."""

@@ -11,6 +11,7 @@ import ssl
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,6 +19,7 @@ from visualrwkv.errors import InputError
 from visualrwkv.image_processing import load_image
 from visualrwkv.prompt import Turn, check_question, turns_from_messages
 from visualrwkv.sampling import Sampling
+from visualrwkv.serving.pictures import Picture, RecentPictures
 
 # name in the request -> field of Sampling
 _SAMPLING = {
@@ -220,30 +222,34 @@ def check_prompt(request: ChatRequest, processor, limits: Limits) -> list[int]:
     raise Refused(400, message, "messages", "context_length_exceeded")
 
 
-def read_pictures(request: ChatRequest, processor, limits: Limits):
-    """Pixel values (n, 3, S, S) of the pictures, None without any."""
-    if not request.sources:
-        return None
-    opened = []
+def read_pictures(request: ChatRequest, processor, limits: Limits, recent: RecentPictures) -> list[Picture]:
+    """The pictures of a request, with their features where they were seen lately, else with their pixels."""
+    pictures = []
     for number, source in enumerate(request.sources, 1):
         try:
-            opened.append(open_source(source, limits, processor.image_processor.max_pixels))
+            sent = open_source(source, limits)
+            digest = sha256(sent.encode() if isinstance(sent, str) else sent).digest()
+            picture = Picture(digest, recent.get(digest))
+            if picture.features is None:
+                image = load_image(sent, processor.image_processor.max_pixels)
+                picture.pixels = processor.image_processor(image, return_tensors="pt")["pixel_values"]
         except InputError as error:
             raise Refused(400, f"picture {number}: {error}", "messages", "invalid_image") from None
-    return processor.image_processor(opened, return_tensors="pt")["pixel_values"]
+        pictures.append(picture)
+    return pictures
 
 
-def open_source(source: str, limits: Limits, max_pixels: int):
-    """The picture behind the `url` of a request: a data URI, or an address if the server allows it."""
+def open_source(source: str, limits: Limits) -> str | bytes:
+    """What `load_image` takes, from the `url` of a request: a data URI, or what is behind an address if that is allowed."""
     if source.startswith("data:"):
-        return load_image(source, max_pixels)
+        return source
     if not source.lower().startswith(("http://", "https://")):
         raise InputError("the url must be a data URI, such as data:image/png;base64,...")
     if not limits.remote_images:
         raise InputError(
             "this server fetches no addresses (it was started without --allow-remote-images); send a data URI"
         )
-    return load_image(fetch(source, limits), max_pixels)
+    return fetch(source, limits)
 
 
 def is_public(address: str) -> bool:
