@@ -417,7 +417,11 @@ std::vector<Tensor> rwkv6_prefill(
   };
   const Tensor mask = positions(real, at::kBool);
   std::vector<Tensor> source;
-  for (const std::optional<Tensor> t : sources) source.push_back(positions(t, at::kLong));
+  for (const std::optional<Tensor> t : sources) {
+    source.push_back(positions(t, at::kLong));
+    TORCH_CHECK_VALUE(
+        !t || (t->min().item<int64_t>() >= 0 && t->max().item<int64_t>() < time), "sources point outside of the sequence");
+  }
   // The last layer works on the last positions alone where no more are wanted, and on one more for their token shift.
   int64_t tail = keep > 0 && keep + 1 < time ? keep + 1 : 0;
   if (tail && !plain_end(mask, source[layers], tail)) tail = 0;

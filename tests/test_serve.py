@@ -485,7 +485,9 @@ def test_pictures_seen_lately_are_not_encoded_again(vlm, pictures, picture_file,
 
     def ask(*files):
         uris = ["data:image/png;base64," + base64.b64encode(file).decode() for file in files]
-        asked = requests.ChatRequest([Turn("user", "What?", images=len(uris))], uris, Sampling(**sampling), False, False)
+        asked = requests.ChatRequest(
+            [Turn("user", "What?", images=len(uris))], uris, Sampling(**sampling), False, False
+        )
         ids, _ = vlm.processor.encode_turns(asked.turns, open_reply=True)
         read = requests.read_pictures(asked, vlm.processor, requests.Limits(), line.recent)
         told.clear()
