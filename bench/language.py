@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from bench import llama
 from bench.measure import (
     PAIR,
     bandwidth_probe,
@@ -64,6 +65,20 @@ def pip_rwkv(model, folder, strategy):
     return RWKV(model=str(path.with_suffix("")), strategy=strategy, verbose=False)
 
 
+def llama_cpp(model, folder, weights, ids):
+    """llama.cpp on the same weights, or None where it is not installed; checked on the prompt `ids`."""
+    if not llama.installed():
+        print("peer llama.cpp is not installed: skipped")
+        return None
+    path = Path(folder) / "random.gguf"
+    llama.write_gguf(model, path, weights)
+    peer = llama.LlamaCpp(path, len(ids))
+    with torch.no_grad():
+        wanted = model.logits(model(model.emb(torch.tensor([ids])))[0][:, -1:])[0, 0]
+    check("llama.cpp", relative_error(peer.forward(ids), wanted), 1e-4 if weights == "fp32" else 0.1)
+    return peer
+
+
 def decode(quick: bool) -> list[dict]:
     """Tokens per second of one sequence, and the share of the read bandwidth of the same run."""
     results = []
@@ -73,6 +88,7 @@ def decode(quick: bool) -> list[dict]:
         peers = {}
         with tempfile.TemporaryDirectory() as folder:
             peer = None if name == "int8" else pip_rwkv(model, folder, f"cpu {name}")
+            llama_peer = llama_cpp(model, folder, name, [5, 6, 7])
         if peer is not None:
             with torch.no_grad():
                 wanted = model.logits(model(model.emb(torch.tensor([[5]])))[0])[0, 0]
@@ -87,6 +103,14 @@ def decode(quick: bool) -> list[dict]:
                 return logits
 
             peers["pip rwkv"] = by_peer
+        if llama_peer is not None:
+
+            def by_llama(peer=llama_peer):
+                token = 0
+                for _ in range(TOKENS):
+                    token = int(peer.forward([token]).argmax())
+
+            peers["llama.cpp"] = by_llama
         if name == "int8":
             quantize_linears(model)
         ours = decoder(model, state)
@@ -111,8 +135,10 @@ def decode(quick: bool) -> list[dict]:
             "error": error,
             "ms per call": times,
         }
-        for peer in times.keys() - {"ours", "probe"}:
+        for peer in sorted(times.keys() - {"ours", "probe"}):
             result[f"times {peer}"] = times[peer]["median"] / times["ours"]["median"]
+        if llama_peer is not None:
+            llama_peer.close()
         results.append(result)
     return results
 
@@ -170,8 +196,11 @@ def prefill(quick: bool) -> list[dict]:
             peers = {"ours": ours, "products": floor}
             with tempfile.TemporaryDirectory() as folder:
                 peer = pip_rwkv(model, folder, f"cpu {name}")
+                llama_peer = llama_cpp(model, folder, name, ids[0].tolist())
             if peer is not None:
                 peers["pip rwkv"] = lambda peer=peer, ids=ids: peer.forward(ids[0].tolist(), None)
+            if llama_peer is not None:
+                peers["llama.cpp"] = lambda peer=llama_peer, ids=ids: (peer.reset(), peer.forward(ids[0].tolist()))
             with plain():
                 wanted = ours()
             if "pip rwkv" in peers:
@@ -182,8 +211,10 @@ def prefill(quick: bool) -> list[dict]:
             median = times["ours"]["median"]
             result = {"weights": name, "T": length, "tokens/s": 1e3 * length / median, "error": error}
             result["share of the matrix products"] = times["products"]["median"] / median
-            if "pip rwkv" in times:
-                result["times pip rwkv"] = times["pip rwkv"]["median"] / median
+            for other in sorted(times.keys() - {"ours", "products"}):
+                result[f"times {other}"] = times[other]["median"] / median
+            if llama_peer is not None:
+                llama_peer.close()
             results.append(result | {"ms": times})
     return results
 

@@ -7,10 +7,15 @@ AT_LEAST = {
         "times chunked": lambda r: (8 if r["H"] == 8 else 10) if r["T"] > 1 else None,
     },
     "wkv_fwd_bwd": {"times chunked": lambda r: 12},
-    "prefill": {"share of the matrix products": lambda r: 0.8, "times pip rwkv": lambda r: 2.4},
+    "prefill": {
+        "share of the matrix products": lambda r: 0.8,
+        "times pip rwkv": lambda r: 2.4,
+        "times llama.cpp": lambda r: 2.4,
+    },
     "decode": {
         "share of the read bandwidth": lambda r: 0.8 if r["weights"] == "int8" else 0.9,
         "times pip rwkv": lambda r: 3,
+        "times llama.cpp": lambda r: 2 if r["weights"] == "int8" else 1.35,
     },
     "decode_batched": {"times modules": lambda r: 2, "tokens/s": lambda r: 500 if r["B"] == 8 else None},
     "state_or_recompute": {"times recompute": lambda r: {641: 70, 2048: 200}.get(r["T"])},

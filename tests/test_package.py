@@ -17,10 +17,10 @@ ROOT = PACKAGE.parent
 
 # A module imports only from layers above its own in this list (packages may import within themselves).
 LAYERS = [
-    ["errors", "state", "ops", "projector"],
+    ["errors", "state", "ops"],
     [
+        "projector",
         "cuda_graphs",
-        "inference",
         "configuration",
         "prompt",
         "recipe",
@@ -30,7 +30,8 @@ LAYERS = [
         "image_processing",
         "scenes",
     ],
-    ["vision", "rwkv", "processing", "streaming", "checkpoint_layout", "sampling", "saved_chat"],
+    ["inference", "vision", "processing", "streaming", "checkpoint_layout", "sampling", "saved_chat"],
+    ["rwkv"],
     ["modeling", "session"],
     ["checkpoints", "chat", "registration"],
     ["loading", "info", "terminal", "serving"],

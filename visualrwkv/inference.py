@@ -1,9 +1,9 @@
 """The language model without gradients on the CPU, in calls of the compiled kernels (csrc/prefill.cpp, csrc/step.cpp).
 
 The modules of `rwkv.py` are the specification and do the work wherever the kernels do not apply: another device,
-gradients, RWKV-5, other precisions, a hook or an adapter on some module, no compiler. The kernels read the weights where
-the parameters keep them. Nothing is copied, so nothing can be out of date: every call collects the tensors anew, and
-only which modules there are is remembered between calls.
+gradients, RWKV-5, other precisions, a hook or an adapter on some module, no compiler. The kernels read the weights
+where the parameters keep them. Nothing is copied, so nothing can be out of date: every call collects the tensors anew,
+and only which modules there are is remembered between calls.
 """
 
 import weakref

@@ -43,6 +43,7 @@ if sys.platform == "linux":
     FLAGS += [
         "-fopenmp",  # what at::parallel_for is made of there
         "-fno-predictive-commoning",  # GCC: it keeps copies of whole register tiles
+        "-fno-tree-loop-distribute-patterns",  # GCC: it calls memmove for a row of a head
     ]
 CUDA_FLAGS = ["-O3", "--threads=2"]  # threads: one for each architecture
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"

@@ -174,7 +174,7 @@ class Engine:
         self._choose(output.logits[:, -1], first=len(old))
 
     def _encode(self, pictures: list[Picture]) -> list[Tensor]:
-        """Features (1, num_image_tokens, D) of each; a picture that comes more than once goes through the tower once."""
+        """Features (1, num_image_tokens, D) of each; one that comes more than once goes through the tower once."""
         features = {picture.digest: picture.features for picture in pictures}
         fresh = [digest for digest, known in features.items() if known is None]
         pixels = {picture.digest: picture.pixels for picture in pictures if picture.features is None}

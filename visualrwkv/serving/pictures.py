@@ -1,5 +1,7 @@
-"""Pictures on their way into the model. Those seen lately are neither opened nor encoded again: a client that goes on with
-a conversation sends its pictures with every turn."""
+"""Pictures on their way into the model. Those seen lately are neither opened nor encoded again.
+
+A client that goes on with a conversation sends its pictures with every turn.
+"""
 
 import threading
 from collections import OrderedDict

@@ -240,7 +240,7 @@ def read_pictures(request: ChatRequest, processor, limits: Limits, recent: Recen
 
 
 def open_source(source: str, limits: Limits) -> str | bytes:
-    """What `load_image` takes, from the `url` of a request: a data URI, or what is behind an address if that is allowed."""
+    """What `load_image` takes, from the `url` of a request: a data URI, or what is behind an address, if allowed."""
     if source.startswith("data:"):
         return source
     if not source.lower().startswith(("http://", "https://")):
