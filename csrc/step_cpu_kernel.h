@@ -236,6 +236,23 @@ void fetch(const void* w, int64_t stride, int64_t count, int64_t begin, int64_t 
   }
 }
 
+// Asks for the first rows of a matrix, a few lines at a time, by the way of a phase that leaves the memory idle.
+class Ahead {
+ public:
+  Ahead(const Matrix& w, const Range& rows) {
+    const int64_t bytes = w.columns * (w.format == Format::int8 ? 1 : w.format == Format::bf16 ? 2 : 4);
+    at_ = static_cast<const char*>(w.data) + rows.begin * bytes;
+    end_ = at_ + std::min<int64_t>((rows.end - rows.begin) * bytes, 256 << 10);  // what a second-level cache has room for
+  }
+  VISUALRWKV_INLINE void fetch(int lines) {
+    if (at_ >= end_) return;
+    for (int line = 0; line < lines; line++, at_ += 64) __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  const char *at_, *end_;
+};
+
 // ---- The parts of a layer
 
 // z and `back`, the way from it to the input before; the thread's part of z becomes the new shift.
@@ -252,27 +269,29 @@ void shift(
 template <int C>
 VISUALRWKV_INLINE void wkv_columns(
     float* y, const float* s, float* next, const float* r, const float* k, const float* v, const float* d, float bonus,
-    int64_t size) {
+    int64_t size, Ahead& ahead) {
   V out[C], value[C];
   for (int c = 0; c < C; c++) {
     value[c] = load(v + c * W);
     out[c] = value[c] * bonus;
   }
-  for (int64_t i = 0; i < size; i++, s += size, next += size)
+  for (int64_t i = 0; i < size; i++, s += size, next += size) {
+    ahead.fetch(8);
     for (int c = 0; c < C; c++) {
       const V old = load(s + c * W);
       out[c] += old * r[i];
       store(next + c * W, old * d[i] + value[c] * k[i]);
     }
+  }
   for (int c = 0; c < C; c++) store(y + c * W, out[c]);
 }
 
 void wkv_head(
     float* y, const float* s, float* next, const float* r, const float* k, const float* v, const float* d, float bonus,
-    int64_t size) {
+    int64_t size, Ahead& ahead) {
   int64_t j = 0;
-  for (; j + 4 * W <= size; j += 4 * W) wkv_columns<4>(y + j, s + j, next + j, r, k, v + j, d, bonus, size);
-  for (; j + W <= size; j += W) wkv_columns<1>(y + j, s + j, next + j, r, k, v + j, d, bonus, size);
+  for (; j + 4 * W <= size; j += 4 * W) wkv_columns<4>(y + j, s + j, next + j, r, k, v + j, d, bonus, size, ahead);
+  for (; j + W <= size; j += W) wkv_columns<1>(y + j, s + j, next + j, r, k, v + j, d, bonus, size, ahead);
   for (; j < size; j++) {
     float out = bonus * v[j];
     for (int64_t i = 0; i < size; i++) {
@@ -383,6 +402,7 @@ void step(const Step& s, Barrier& barrier, int thread, int threads) {
     barrier.wait(threads);
 
     // The recurrence, the norm and the gate, this thread's heads.
+    Ahead output(p.output, mine);
     for (int64_t b = 0; b < B && from < to; b++) {
       finish_low(decay_low, decay_shares + b * c, B * c, threads, C);
       float *wb = w + b * a, *yb = y + b * a;
@@ -395,7 +415,7 @@ void step(const Step& s, Barrier& barrier, int thread, int threads) {
         const int64_t at = b * a + h * N, state = (b * H + h) * N * N;
         float bonus = 0;
         for (int64_t n = 0; n < N; n++) bonus += r[at + n] * k[at + n] * as_float(of<E>(p.bonus)[h * N + n]);
-        wkv_head(y + at, m.wkv + state, m.new_wkv + state, r + at, k + at, v + at, w + at, bonus, N);
+        wkv_head(y + at, m.wkv + state, m.new_wkv + state, r + at, k + at, v + at, w + at, bonus, N, output);
         const Norm norm = {of<E>(p.ln_x.weight) + h * N, of<E>(p.ln_x.bias) + h * N};
         normalise<E>(y + at, y + at, norm, N, s.head_eps);
       }
