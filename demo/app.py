@@ -244,7 +244,7 @@ class Server:
         host, port: where to listen; port None takes the first free one from 7860.
         share: ask for a public address, too.
         auth: (user, password) pairs; none asks for no login.
-        device: for `visualrwkv.load`.
+        device, dtype, quantize: for `visualrwkv.load`.
         sessions: most conversations kept at a time.
         idle: minutes after which an unused one is closed.
         concurrency: replies written at the same time.
@@ -267,6 +267,8 @@ class Server:
         share: bool = False,
         auth=(),
         device: str = "auto",
+        dtype: str = "auto",
+        quantize: str | None = None,
         sessions: int = 64,
         idle: float = 30,
         concurrency: int = 2,
@@ -274,7 +276,7 @@ class Server:
         max_upload: int = 40,
         grace: float = 60,
     ):
-        self.models = Models(models, device=device)
+        self.models = Models(models, device, dtype, quantize)
         self._outer = os.environ.get("GRADIO_TEMP_DIR")
         self._own = Path(tempfile.mkdtemp(prefix="visualrwkv-demo-", dir=self._outer))
         os.environ["GRADIO_TEMP_DIR"] = str(self._own)  # where gradio's components and routes keep files

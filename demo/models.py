@@ -19,14 +19,14 @@ class Models:
     Args:
         names: what the operator passed, for `visualrwkv.load`, or "embedded"; the first one is loaded at once. The
             embedded model is always offered.
-        device, dtype: for `visualrwkv.load`.
+        device, dtype, quantize: for `visualrwkv.load`.
 
     Raises:
         InputError: the first model cannot be loaded.
     """
 
-    def __init__(self, names=(), device="auto", dtype="auto"):
-        self._options = {"device": device, "dtype": dtype}
+    def __init__(self, names=(), device="auto", dtype="auto", quantize=None):
+        self._options = {"device": device, "dtype": dtype, "quantize": quantize}
         self._names = {}
         for name in names:
             if name == EMBEDDED:

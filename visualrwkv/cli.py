@@ -108,6 +108,7 @@ def _demo(commands):
     demo.add_argument("--share", action="store_true", help="a public address through Gradio's tunnel")
     demo.add_argument("--auth", metavar="USER:PASSWORD", action="append", default=[], help="ask for a login")
     demo.add_argument("--device", metavar="D", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    _precision(demo)
     demo.add_argument("--sessions", metavar="N", type=int, default=64, help="most conversations kept (default 64)")
     demo.add_argument("--idle", metavar="MIN", type=float, default=30, help="minutes until it goes unused (default 30)")
     demo.add_argument("--concurrency", metavar="N", type=int, default=2, help="replies written at once (default 2)")
@@ -181,6 +182,10 @@ def _command(commands, name, run, text):
 def _which_model(parser):
     parser.add_argument("--model", metavar="M", help="folder, .pth file, owner/repo or owner/repo:file.pth")
     parser.add_argument("--prompt", choices=POSITIONS, help="where the picture stands")
+    _precision(parser)
+
+
+def _precision(parser):
     parser.add_argument("--dtype", metavar="D", default="auto", help="float32, bfloat16, float16; default: as saved")
     parser.add_argument("--quantize", choices=("int8",), help="weights of eight bits in the language model")
 
@@ -273,7 +278,8 @@ def run_demo(arguments):
     for login in logins:
         if len(login) != 2 or not all(login):
             raise InputError("--auth needs USER:PASSWORD, for instance --auth anna:secret")
-    options = {name: getattr(arguments, name) for name in ("models", "host", "port", "share", "device", *numbers)}
+    names = ("models", "host", "port", "share", "device", "dtype", "quantize", *numbers)
+    options = {name: getattr(arguments, name) for name in names}
     importlib.import_module("visualrwkv.demo.app").run(auth=logins, **options)
 
 
