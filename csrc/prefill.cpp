@@ -9,7 +9,6 @@
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -56,7 +55,7 @@ struct Run {
 // One call of the operator, by a team of threads. Each has a run of rows (positions of all sequences), for which it does
 // everything but the recurrence, which it does for a run of heads; five times a layer they wait for each other. Products
 // in a team are of one thread: with the few rows of a prompt a library's own threads would spend their time on waiting
-// for each other, 16 times a layer, all the more where the program has further threads that compute. A team of one
+// for each other, ten times a layer, all the more where the program has further threads that compute. A team of one
 // leaves the threads to the libraries.
 template <typename E>
 class Prefill {
