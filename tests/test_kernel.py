@@ -296,7 +296,7 @@ def test_without_a_compiler_pytorch_does_the_work(tmp_path):
     assert code == 0, err
     assert "no C++ compiler" in out.splitlines()[0]
     assert out.splitlines()[1].startswith("1 the compiled kernels are not available")
-    code, out, _ = python("-m", "visualrwkv.ops.build", cache=tmp_path, PATH="")
+    code, out, _ = python("-m", "visualrwkv.ops.build", cache=tmp_path, PATH="", CXX="c++")
     assert code == 1 and out.startswith("not built: there is no C++ compiler 'c++' on the PATH")
     code, out, err = python("-m", "visualrwkv.ops.build", "gpu", cache=tmp_path, PATH="")
     assert code == 2 and not out and "gpu" in err and "cpu and cuda" in err

@@ -83,6 +83,13 @@ def test_compiled_layers_learn_the_same(recipe, tmp_path):
     assert weights(tmp_path / "plain").keys() == weights(tmp_path / "compiled").keys()
 
 
+def test_layers_that_cannot_be_compiled_learn_too(recipe, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert training.run(recipe(), ["steps=1", "compile=true"]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("compile:")]
+    assert len(lines) == 1 and "'no-such-compiler'" in lines[0]
+
+
 def test_frozen_layers_and_parts_stay(recipe, tmp_path, random_folder):
     training.run(recipe(), ["steps=2", "freeze_layers=[0, 2]", "train.projector=0", "train.vision=1e-3"])
     names = changed(weights(random_folder), weights(tmp_path / "run"))

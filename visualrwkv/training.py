@@ -12,6 +12,7 @@ from visualrwkv.building import build_model
 from visualrwkv.data import Collator, JsonDataset, ScenesDataset
 from visualrwkv.errors import InputError
 from visualrwkv.loading import quiet_transformers
+from visualrwkv.ops.build import BuildError, compiler
 from visualrwkv.ops.kernel import ready
 from visualrwkv.recipe import load_recipe
 from visualrwkv.runs import count_samples, is_main_process, require_accelerate, write_versions, writing
@@ -54,9 +55,7 @@ def run_language(recipe):
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     if recipe.compile:
-        ready()  # loads the kernel of the operator, which nothing does while it is traced
-        for block in model.rwkv.blocks:
-            block.compile(dynamic=True)  # in place: names of parameters and saved files stay as they are
+        compile_layers(model)
     groups = parameter_groups(model.named_parameters(), part_of(recipe, model), recipe.train, recipe.weight_decay)
     dataset, steps = build_dataset(recipe, processor)
     describe_run(recipe, model, groups, steps)
@@ -68,6 +67,19 @@ def run_language(recipe):
             processor.save_pretrained(recipe.output)
             write_versions(recipe.output)
     return code
+
+
+def compile_layers(model):
+    """torch.compile for each layer of the language model; where there is no C++ compiler they stay as they are."""
+    try:
+        compiler()
+    except BuildError as error:
+        if is_main_process():
+            print(f"compile: {error}; the layers are not compiled, each step takes longer", file=sys.stderr)
+        return
+    ready()  # loads the kernel of the operator, which nothing does while it is traced
+    for block in model.rwkv.blocks:
+        block.compile(dynamic=True)  # in place: names of parameters and saved files stay as they are
 
 
 def part_of(recipe, model):

@@ -173,7 +173,7 @@ def _load(retry: bool, device: str) -> None:
 
 def _tools(device: str) -> str:
     """The compilers of a device's library."""
-    return _compiler() if device == "cpu" else f"{_compiler()} and {_cuda_home() / 'bin' / 'nvcc'}"
+    return compiler() if device == "cpu" else f"{compiler()} and {_cuda_home() / 'bin' / 'nvcc'}"
 
 
 def _cuda_home() -> Path:
@@ -200,7 +200,12 @@ def _cuda_home() -> Path:
     return home
 
 
-def _compiler() -> str:
+def compiler() -> str:
+    """The command that compiles C++ here.
+
+    Raises:
+        BuildError: there is none.
+    """
     if sys.platform == "win32":
         raise BuildError("the kernels need GCC or Clang, which PyTorch does not use on Windows")
     command = os.environ.get("CXX", "c++")
