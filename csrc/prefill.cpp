@@ -6,18 +6,19 @@
 #include <ATen/ThreadLocalState.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <exception>
-#include <limits>
 #include <mutex>
 #include <optional>
-#include <type_traits>
 #include <vector>
 
 #ifdef _OPENMP
@@ -27,12 +28,18 @@
 #include "barrier.h"
 #include "cpu_choice.h"
 #include "prefill_cpu.h"
+#include "prefill_packing.h"
 #include "weights.h"
 #include "wkv6_check.h"
 #include "wkv6_cpu.h"
 
 namespace visualrwkv {
 namespace {
+
+constexpr int64_t PIECE_ROWS = 512;  // a piece's activations stay in the caches between two walks
+// Products are of multiples of so many rows: a library prepares itself for each size that it has not met lately, which
+// takes several times as long as the product of a prompt.
+constexpr int64_t GRAIN = 8;
 
 // Whether products in float32 go to oneDNN: where visualrwkv/ops/linear.py takes it, and for the same reason.
 bool by_onednn() {
@@ -52,100 +59,125 @@ struct Run {
   int64_t count() const { return end - begin; }
 };
 
-// One call of the operator, by a team of threads. Each has a run of rows (positions of all sequences), for which it does
-// everything but the recurrence, which it does for a run of heads; five times a layer they wait for each other. Products
-// in a team are of one thread: with the few rows of a prompt a library's own threads would spend their time on waiting
-// for each other, ten times a layer, all the more where the program has further threads that compute. A team of one
-// leaves the threads to the libraries.
+// One call of the operator.
+struct Call {
+  Model model;
+  Tensor embeds;  // (B, T, D)
+  at::TensorList state;
+  Packing packing;
+  int64_t keep;  // positions of `hidden`
+  int64_t tail;  // rows at the end of each sequence that the end of the last layer works on, or 0: all
+  double norm_eps, head_eps;
+  Tensor hidden;              // (B, keep, D) behind ln_out
+  std::vector<Tensor> after;  // the state, in the order of the given one
+
+  int64_t batch() const { return embeds.size(0); }
+  int64_t time() const { return embeds.size(1); }
+  int64_t layers() const { return model.layers.size(); }
+};
+
+// Reads pieces of a call, with memory of its own, one after the other: alone, where other threads read other pieces or
+// the libraries have the threads, or as a team of threads that share the rows of a piece. In a team each has a run of
+// rows, for which it does everything but the recurrence, which it does for a run of heads; five times a layer they wait
+// for each other. Products in a team are of one thread: with the few rows of a prompt a library's own threads would spend
+// their time on waiting for each other, ten times a layer, all the more where the program has further threads that compute.
 template <typename E>
 class Prefill {
  public:
-  Prefill(
-      const Model& model, const Tensor& embeds, at::TensorList state, const Tensor& real,
-      const std::vector<Tensor>& sources, int64_t tail, double norm_eps, double head_eps, int threads)
-      : m_(model), options_(embeds.options()), kernels_(VISUALRWKV_CHOOSE(prefill_kernels<E>())),
-        recurrence_(VISUALRWKV_CHOOSE(kernels<float>())), embeds_(embeds), real_(real), sources_(sources),
-        state_(state), tail_(tail), norm_eps_(norm_eps), head_eps_(head_eps), batch_(embeds.size(0)),
-        time_(embeds.size(1)), threads_(threads) {
+  // threads: of the team; may change between two calls of the functions below.
+  Prefill(Call& call, const int& threads)
+      : call_(call), m_(call.model), options_(call.embeds.options()), kernels_(VISUALRWKV_CHOOSE(prefill_kernels<E>())),
+        recurrence_(VISUALRWKV_CHOOSE(kernels<float>())), threads_(threads) {}
+
+  void enter(int64_t piece) {
+    const Packing& p = call_.packing;
+    const int64_t first = p.pieces[piece], last = p.pieces[piece + 1];
+    first_row_ = p.begins[first];
+    sequence_ = p.sequence.data() + first;
+    begins_.clear();
+    for (int64_t n = first; n <= last; n++) begins_.push_back(p.begins[n] - first_row_);
     allocate();
-    const int64_t D = m_.hidden, A = m_.attention, N = A / m_.heads;
-    for (Tensor* t : {&r_, &k_, &v_, &w_, &y_}) *t = matrix(A);
-    if (tail_) r_.zero_();  // y is wanted of the tail alone
-    for (size_t n = 0; n < m_.layers.size(); n++) {
-      after.push_back(at::empty({batch_, D}, options_));
-      after.push_back(at::empty({batch_, m_.heads, N, N}, options_.dtype(at::kFloat)));
-      after.push_back(at::empty({batch_, D}, options_));
-    }
+    for (Tensor* t : {&r_, &k_, &v_, &w_, &y_}) *t = matrix(m_.attention);
+    if (call_.tail) r_.zero_();  // y is wanted of the tail alone
   }
 
-  std::vector<Tensor> after;  // the state, in the order of the given one
-
-  // Behind ln_out (B, T or `tail`, D).
-  Tensor hidden() {
-    team([this](int thread, int threads) { work(thread, threads); });
-    if (tail_) last_positions();
-    return hidden_.view({batch_, time_, m_.hidden});
-  }
-
- private:
-  // ---- The walk through the model
-
-  void work(int thread, int threads) {
-    const int64_t rows = batch_ * time_, last = m_.layers.size() - 1;
-    const Run mine = {rows * thread / threads, rows * (thread + 1) / threads};
+  // Everything but the end of the last layer where only tails are wanted of it; all threads of the team.
+  void walk(int thread) {
+    const int64_t last = call_.layers() - 1;
+    const int64_t grains = matrix_rows() / GRAIN;
+    const auto begin = [&](int64_t n) { return std::min(GRAIN * (grains * n / threads_), rows()); };
+    const Run mine = {begin(thread), begin(thread + 1)};
     NormAndMix p = norm_and_mix(m_.ln0, Tensor());
-    p.x = embeds_.data_ptr();
+    p.x = call_.embeds.data_ptr();
+    p.source = call_.packing.positions.data() + first_row_;
     p.z = stream_[0].data_ptr();
     run(p, mine);
     for (int64_t n = 0; n <= last; n++) {
       wait();
-      before_recurrence(n, mine, n == last && tail_);
+      before_recurrence(n, mine, n == last && call_.tail);
       wait();
-      recur(n, thread, threads);
+      recur(n, thread);
       wait();
-      if (n == last && tail_) return;
+      if (n == last && call_.tail) return;
       after_recurrence(n, mine);
     }
     wait();
-    output(sources_[last + 1], mine);
+    output(mine);
+    for (int64_t m = mine.begin; m < mine.end; m++) hand_over(m, call_.packing.positions[first_row_ + m]);
   }
 
-  // The end of the last layer for the last positions of each sequence, which are copied together for it.
-  void last_positions() {
-    const int64_t last = m_.layers.size() - 1;
-    const Tensor kept[] = {ends(stream_[1]), ends(y_), ends(mixed_[4])};
-    threads_ = 1;
-    time_ = tail_;
-    real_ = Tensor();
+  // The end of the last layer for the last rows of each sequence, which are copied together for it; one thread.
+  void finish() {
+    if (!call_.tail) return;
+    const int64_t last = call_.layers() - 1, tail = call_.tail;
+    std::vector<int64_t> wanted, begins = {0};
+    for (size_t n = 1; n < begins_.size(); n++) {
+      for (int64_t m = begins_[n] - tail; m < begins_[n]; m++) wanted.push_back(m);
+      begins.push_back(wanted.size());
+    }
+    const Tensor whole[] = {stream_[1], y_, mixed_[4]};
+    begins_ = begins;
     allocate();
-    stream_[1] = kept[0];
-    y_ = kept[1];
-    mixed_[4] = kept[2];
-    const Run all = {0, batch_ * time_};
-    after_recurrence(last, all);
-    output(Tensor(), all);
+    y_ = matrix(m_.attention);
+    const auto copy = [&](const Tensor& to, const Tensor& from) {
+      const int64_t size = from.size(1);
+      for (int64_t m = 0; m < rows(); m++)
+        std::memcpy(elements(to) + m * size, elements(from) + wanted[m] * size, sizeof(E) * size);
+    };
+    copy(stream_[1], whole[0]);
+    copy(y_, whole[1]);
+    copy(mixed_[4], whole[2]);
+    after_recurrence(last, {0, rows()});
+    output({0, rows()});
+    for (int64_t m = 0; m < rows(); m++) hand_over(m, call_.packing.positions[first_row_ + wanted[m]]);
   }
+
+  // A thread of the team has failed.
+  void give_up() { barrier_.give_up(); }
+
+ private:
+  // ---- The walk through the model
 
   // Time-mix up to the operands of the recurrence.
   void before_recurrence(int64_t n, const Run& mine, bool for_tail) {
     const LayerWeights& w = m_.layers[n];
     const int64_t D = m_.hidden, A = m_.attention, R = m_.mix_rank;
-    NormAndMix p = norm_and_mix(w.ln1, state_[3 * n]);
+    NormAndMix p = norm_and_mix(w.ln1, call_.state[3 * n]);
     p.x = stream_[0].data_ptr();
     if (n) {
       p.add = channel_.data_ptr();
       p.gate = channel_gate_.data_ptr();
     }
-    p.source = sources_[n].defined() ? sources_[n].const_data_ptr<int64_t>() : nullptr;
+    set_source(p, n);
     p.x_out = stream_[1].data_ptr();
     p.z = z_.data_ptr();
     p.mixes = 1;
     p.ratio[0] = w.maa[0];
     p.mixed[0] = mixed_[0].data_ptr();
-    p.new_shift = after[3 * n].data_ptr();
+    p.new_shift = call_.after[3 * n].data_ptr();
     run(p, mine);
 
-    const Tensor low = multiply(part(mixed_[0], mine), weight(w.maa_w1, D, 5 * R).t());
+    const Tensor low = multiply(part(mixed_[0], filled(mine)), weight(w.maa_w1, D, 5 * R).t());
     wait();  // z is complete
     MixByData mix;
     static_cast<Sequences&>(mix) = p;
@@ -157,54 +189,65 @@ class Prefill {
     }
     by_rows(mine, 5 * D, [&](int64_t begin, int64_t end) { kernels_.mix_by_data(mix, begin, end); });
 
-    const Tensor decay_low = multiply(part(mixed_[0], mine), weight(w.decay_w1, D, m_.decay_rank).t());
+    const Tensor decay_low = multiply(part(mixed_[0], filled(mine)), weight(w.decay_w1, D, m_.decay_rank).t());
     const LowRank decay = {mine.begin, m_.decay_rank, A, decay_low.data_ptr(), w.decay_w2};
     by_rows(mine, A, [&](int64_t begin, int64_t end) {
       kernels_.decays(decay, static_cast<const E*>(w.decay), elements(w_), begin, end);
     });
-    multiply_into(k_, mine, part(mixed_[1], mine), w.key);
-    multiply_into(v_, mine, part(mixed_[2], mine), w.value);
-    if (real_.defined())  // nothing is written and nothing decays
-      for (int64_t m = mine.begin; m < mine.end; m++)
-        if (!real_.const_data_ptr<bool>()[m]) {
-          std::memset(elements(k_) + m * A, 0, sizeof(E) * A);
-          std::fill_n(elements(w_) + m * A, A, no_decay());
-        }
-    for (const Run& wanted : for_tail ? tails(mine) : std::vector<Run>{mine})
+    multiply_into(k_, filled(mine), part(mixed_[1], filled(mine)), w.key);
+    multiply_into(v_, filled(mine), part(mixed_[2], filled(mine)), w.value);
+    for (const Run& wanted : for_tail ? tails(mine) : std::vector<Run>{filled(mine)})
       multiply_into(r_, wanted, part(mixed_[3], wanted), w.receptance);
   }
 
-  void recur(int64_t n, int thread, int threads) {
-    const int64_t H = m_.heads, N = m_.attention / H;
-    const auto heads = [&](const Tensor& t) { return t.view({batch_, time_, H, N}); };
-    const Tensor bonus = vector(m_.layers[n].bonus, m_.attention).to(at::kFloat).view({H, N});
-    Forward<float> p;
-    set_problem<float>(p, heads(r_), heads(k_), heads(v_), heads(w_), bonus, state_[3 * n + 1]);
-    p.y = rows_of(heads(y_));
-    p.final_state = after[3 * n + 1].mutable_data_ptr<float>();
-    const int64_t sequences = batch_ * H;
+  void recur(int64_t n, int thread) {
+    const int64_t H = m_.heads, N = m_.attention / H, all = int64_t(begins_.size() - 1) * H;
+    const Tensor bonus = vector(m_.layers[n].bonus, m_.attention).to(at::kFloat);
+    const float* const old = call_.state[3 * n + 1].const_data_ptr<float>();
+    float* const now = call_.after[3 * n + 1].mutable_data_ptr<float>();
+    const auto heads = [&](int64_t begin, int64_t end) {
+      for (int64_t s = begin / H; s * H < end; s++) {
+        const auto rows = [&](const Tensor& t) {
+          return Rows{reinterpret_cast<char*>(elements(t) + begins_[s] * m_.attention), type_of(t), 0, m_.attention, N};
+        };
+        Forward<float> p;
+        p.batch = 1;
+        p.time = begins_[s + 1] - begins_[s];
+        p.heads = H;
+        p.size = N;
+        p.r = rows(r_);
+        p.k = rows(k_);
+        p.v = rows(v_);
+        p.w = rows(w_);
+        p.y = rows(y_);
+        p.u = bonus.const_data_ptr<float>();
+        p.state = old + sequence_[s] * H * N * N;
+        p.final_state = now + sequence_[s] * H * N * N;
+        recurrence_.forward(p, std::max<int64_t>(begin - s * H, 0), std::min(end - s * H, H));
+      }
+    };
     if (threads_ > 1)
-      recurrence_.forward(p, sequences * thread / threads, sequences * (thread + 1) / threads);
+      heads(all * thread / threads_, all * (thread + 1) / threads_);
     else
-      at::parallel_for(0, sequences, 1, [&](int64_t begin, int64_t end) { recurrence_.forward(p, begin, end); });
+      at::parallel_for(0, all, 1, heads);
   }
 
   // The end of the time-mix, and the channel-mix.
   void after_recurrence(int64_t n, const Run& mine) {
     const LayerWeights& w = m_.layers[n];
-    const Tensor gate = multiply(part(mixed_[4], mine), w.gate);
+    const Tensor gate = multiply(part(mixed_[4], filled(mine)), w.gate);
     NormAndGate g;
     g.heads = m_.heads;
     g.size = m_.attention;
-    g.eps = head_eps_;
+    g.eps = call_.head_eps;
     g.norm = w.ln_x;
     g.y = part(y_, mine).data_ptr();
     g.gate = gate.data_ptr();
     by_rows({0, mine.count()}, m_.attention, [&](int64_t begin, int64_t end) { kernels_.norm_and_gate(g, begin, end); });
-    multiply_into(time_mix_, mine, part(y_, mine), w.output);
+    multiply_into(time_mix_, filled(mine), part(y_, filled(mine)), w.output);
     wait();  // the token shift looks at the row before
 
-    NormAndMix p = norm_and_mix(w.ln2, state_[3 * n + 2]);
+    NormAndMix p = norm_and_mix(w.ln2, call_.state[3 * n + 2]);
     p.x = stream_[1].data_ptr();
     p.add = time_mix_.data_ptr();
     p.x_out = stream_[0].data_ptr();
@@ -214,54 +257,34 @@ class Prefill {
     p.ratio[1] = w.ffn_maa_r;
     p.mixed[0] = mixed_[0].data_ptr();
     p.mixed[1] = mixed_[1].data_ptr();
-    p.new_shift = after[3 * n + 2].data_ptr();
+    p.new_shift = call_.after[3 * n + 2].data_ptr();
     run(p, mine);
-    const Tensor inner = multiply(part(mixed_[0], mine), w.ffn_key);
+    const Tensor inner = multiply(part(mixed_[0], filled(mine)), w.ffn_key);
     by_rows({0, inner.numel()}, 1, [&](int64_t begin, int64_t end) {
       kernels_.square_relu(elements(inner), begin, end);
     });
-    multiply_into(channel_, mine, inner, w.ffn_value);
-    multiply_into(channel_gate_, mine, part(mixed_[1], mine), w.ffn_receptance);
+    multiply_into(channel_, filled(mine), inner, w.ffn_value);
+    multiply_into(channel_gate_, filled(mine), part(mixed_[1], filled(mine)), w.ffn_receptance);
   }
 
-  void output(const Tensor& source, const Run& mine) {
+  void output(const Run& mine) {
     NormAndMix p = norm_and_mix(m_.ln_out, Tensor());
     p.x = stream_[0].data_ptr();
     p.add = channel_.data_ptr();
     p.gate = channel_gate_.data_ptr();
-    p.source = source.defined() ? source.const_data_ptr<int64_t>() : nullptr;
-    p.z = hidden_.data_ptr();
+    if (!call_.tail) set_source(p, call_.layers());
+    p.z = z_.data_ptr();
     run(p, mine);
   }
 
-  // ---- Threads
-
-  template <typename Work>
-  void team(Work work) {
-#ifdef _OPENMP
-    if (threads_ > 1) {
-      const at::ThreadLocalState here;
-      std::exception_ptr failure;
-      std::mutex lock;
-#pragma omp parallel num_threads(threads_)
-      {
-        const at::ThreadLocalStateGuard guard(here);
-        try {
-#pragma omp single
-          threads_ = omp_get_num_threads();
-          work(omp_get_thread_num(), omp_get_num_threads());
-        } catch (...) {
-          const std::lock_guard<std::mutex> hold(lock);
-          if (!failure) failure = std::current_exception();
-          barrier_.give_up();
-        }
-      }
-      if (failure) std::rethrow_exception(failure);
-      return;
-    }
-#endif
-    work(0, 1);
+  // A row of z to its place in the result, if it is wanted.
+  void hand_over(int64_t row, int64_t position) {
+    const int64_t time = call_.time(), t = position % time - (time - call_.keep), D = m_.hidden;
+    if (t >= 0)
+      std::memcpy(elements(call_.hidden) + (position / time * call_.keep + t) * D, elements(z_) + row * D, sizeof(E) * D);
   }
+
+  // ---- Threads
 
   void wait() { barrier_.wait(threads_); }
 
@@ -279,48 +302,54 @@ class Prefill {
 
   void allocate() {
     const int64_t D = m_.hidden;
-    for (Tensor* t : {&stream_[0], &stream_[1], &z_, &time_mix_, &channel_, &channel_gate_, &hidden_}) *t = matrix(D);
+    for (Tensor* t : {&stream_[0], &stream_[1], &z_, &time_mix_, &channel_, &channel_gate_}) *t = matrix(D);
     for (Tensor& t : mixed_) t = matrix(D);
   }
 
-  Tensor matrix(int64_t columns) const { return at::empty({batch_ * time_, columns}, options_); }
+  int64_t rows() const { return begins_.back(); }
+  int64_t matrix_rows() const { return (rows() + GRAIN - 1) / GRAIN * GRAIN; }
+
+  Tensor matrix(int64_t columns) const {
+    const Tensor t = at::empty({matrix_rows(), columns}, options_);
+    std::memset(elements(t) + rows() * columns, 0, sizeof(E) * (matrix_rows() - rows()) * columns);
+    return t;
+  }
+
+  // A run that begins with a grain, up to the end of its last grain.
+  static Run filled(const Run& rows) { return {rows.begin, rows.begin + (rows.count() + GRAIN - 1) / GRAIN * GRAIN}; }
+
 
   static E* elements(const Tensor& x) { return static_cast<E*>(x.data_ptr()); }
 
   static Tensor part(const Tensor& x, const Run& rows) { return x.narrow(0, rows.begin, rows.count()); }
 
-  // Those of the last `tail_` positions of each sequence that are in a run of rows.
+  // The tails of all sequences, as far as they lie in a run of rows.
   std::vector<Run> tails(const Run& rows) const {
     std::vector<Run> found;
-    for (int64_t b = 0; b < batch_; b++) {
-      const Run tail = {std::max((b + 1) * time_ - tail_, rows.begin), std::min((b + 1) * time_, rows.end)};
+    for (size_t n = 1; n < begins_.size(); n++) {
+      const Run tail = {std::max(begins_[n] - call_.tail, rows.begin), std::min(begins_[n], rows.end)};
       if (tail.begin < tail.end) found.push_back(tail);
     }
     return found;
   }
 
-  Tensor ends(const Tensor& x) const {
-    return x.view({batch_, time_, x.size(1)}).narrow(1, time_ - tail_, tail_).flatten(0, 1);
-  }
-
-  // Minus infinity: the state decays by exp(-exp(w)).
-  static E no_decay() {
-    if constexpr (std::is_same<E, float>::value)
-      return -std::numeric_limits<float>::infinity();
-    else
-      return 0xff80;
-  }
-
   NormAndMix norm_and_mix(const Norm& norm, const Tensor& shift) const {
     NormAndMix p;
-    p.batch = batch_;
-    p.time = time_;
-    p.real = real_.defined() ? real_.const_data_ptr<bool>() : nullptr;
+    p.count = begins_.size() - 1;
+    p.begins = begins_.data();
+    p.index = sequence_;
     p.old_shift = shift.defined() ? shift.data_ptr() : nullptr;
     p.size = m_.hidden;
-    p.eps = norm_eps_;
+    p.eps = call_.norm_eps;
     p.norm = norm;
     return p;
+  }
+
+  void set_source(NormAndMix& p, int64_t order) const {
+    const std::vector<int64_t>& source = call_.packing.sources[order];
+    if (source.empty()) return;
+    p.source = source.data() + first_row_;
+    p.origin = first_row_;
   }
 
   // ---- Products
@@ -358,23 +387,78 @@ class Prefill {
       multiply_into(out, rows, x, weight(w.data, w.rows, w.columns));
   }
 
+  Call& call_;
   const Model& m_;
   const at::TensorOptions options_;
   const PrefillKernels<E>& kernels_;
   const Kernels<float>& recurrence_;
-  const Tensor embeds_;
-  Tensor real_;
-  const std::vector<Tensor>& sources_;
-  at::TensorList state_;
-  const int64_t tail_;
-  const double norm_eps_, head_eps_;
-  const int64_t batch_;
-  int64_t time_;
-  int threads_;
+  const int& threads_;
   Barrier barrier_;
-  // Rows of all threads. The residual stream changes its place twice a layer: neighbours still read the former one.
-  Tensor stream_[2], z_, mixed_[5], r_, k_, v_, w_, y_, time_mix_, channel_, channel_gate_, hidden_;
+  // The piece at hand.
+  int64_t first_row_;
+  const int64_t* sequence_;      // which of the batch its sequences are
+  std::vector<int64_t> begins_;  // their first rows, and the end
+  // Its rows. The residual stream changes its place twice a layer: neighbours still read the former one.
+  Tensor stream_[2], z_, mixed_[5], r_, k_, v_, w_, y_, time_mix_, channel_, channel_gate_;
 };
+
+// Calls work(thread) on as many threads, or on fewer if there are no more, of which it sets the number; give_up() where one
+// of them fails, so that the others need not wait for it.
+template <typename Work, typename GiveUp>
+void on_threads(int& threads, Work work, GiveUp give_up) {
+#ifdef _OPENMP
+  const at::ThreadLocalState here;
+  std::exception_ptr failure;
+  std::mutex lock;
+#pragma omp parallel num_threads(threads)
+  {
+    const at::ThreadLocalStateGuard guard(here);
+    try {
+#pragma omp single
+      threads = omp_get_num_threads();
+      work(omp_get_thread_num());
+    } catch (...) {
+      const std::lock_guard<std::mutex> hold(lock);
+      if (!failure) failure = std::current_exception();
+      give_up();
+    }
+  }
+  if (failure) std::rethrow_exception(failure);
+#else
+  work(0);
+#endif
+}
+
+// By pieces where there are several, each thread taking the next one: nobody waits for anybody, whatever else takes the
+// processor away meanwhile. Else all threads share the rows.
+template <typename E>
+void read(Call& call, int threads) {
+  const int64_t pieces = call.packing.pieces.size() - 1;
+  if (pieces > 1) {
+    std::atomic<int64_t> next{0};
+    on_threads(
+        threads,
+        [&](int) {
+          const int alone = 1;
+          Prefill<E> prefill(call, alone);
+          for (int64_t piece; (piece = next++) < pieces;) {
+            prefill.enter(piece);
+            prefill.walk(0);
+            prefill.finish();
+          }
+        },
+        [&] { next = pieces; });
+    return;
+  }
+  Prefill<E> prefill(call, threads);
+  prefill.enter(0);
+  if (threads > 1)
+    on_threads(threads, [&](int thread) { prefill.walk(thread); }, [&] { prefill.give_up(); });
+  else
+    prefill.walk(0);
+  threads = 1;
+  prefill.finish();
+}
 
 // Whether the last `count` positions of all sequences are real, and read in their natural order.
 bool plain_end(const Tensor& real, const Tensor& source, int64_t count) {
@@ -384,6 +468,12 @@ bool plain_end(const Tensor& real, const Tensor& source, int64_t count) {
     if (source.defined() && !source.select(1, t).eq(t).all().item<bool>()) return false;
   }
   return true;
+}
+
+// How many pieces of a batch threads shall take turns with.
+int64_t pieces_of(int64_t rows, int threads) {
+  if (threads == 1) return 1;
+  return std::max<int64_t>(1, rows / (PIECE_ROWS * threads)) * threads;
 }
 
 // embeds (B, T, D) before ln0; weights, scales: see `read_model`; state: att_shift (B, D), wkv (B, H, N, N) float32 and
@@ -421,28 +511,31 @@ std::vector<Tensor> rwkv6_prefill(
     TORCH_CHECK_VALUE(
         !t || (t->min().item<int64_t>() >= 0 && t->max().item<int64_t>() < time), "sources point outside of the sequence");
   }
-  // The last layer works on the last positions alone where no more are wanted, and on one more for their token shift.
-  int64_t tail = keep > 0 && keep + 1 < time ? keep + 1 : 0;
-  if (tail && !plain_end(mask, source[layers], tail)) tail = 0;
-
+  // In a team, and by pieces, every thread reads all weights: with few rows for each the memory would be what they wait for.
   int threads = 1;
+  const int64_t rows = mask.defined() ? mask.sum().item<int64_t>() : batch * time;
 #ifdef _OPENMP
-  // In a team every thread reads all weights: with few rows for each the memory would be what they wait for.
   const int64_t wanted = at::get_num_threads();
-  if (!omp_in_parallel() && batch * time >= 8 * wanted * wanted) threads = wanted;
+  if (!omp_in_parallel() && rows >= GRAIN * wanted * wanted) threads = wanted;
 #endif
+  std::optional<Packing> packing = pack(batch, time, mask, source, pieces_of(rows, threads));
+  if (!packing) return {};
 
-  std::vector<Tensor> result(1);
-  const auto go = [&](auto zero) {
-    Prefill<decltype(zero)> prefill(model, embeds, state, mask, source, tail, norm_eps, head_eps, threads);
-    result[0] = prefill.hidden();
-    result.insert(result.end(), prefill.after.begin(), prefill.after.end());
-  };
-  if (type == at::kFloat)
-    go(float());
-  else
-    go(uint16_t());
-  if (keep > 0 && keep < result[0].size(1)) result[0] = result[0].narrow(1, result[0].size(1) - keep, keep).contiguous();
+  Call call{model, embeds, state, std::move(*packing)};
+  call.norm_eps = norm_eps;
+  call.head_eps = head_eps;
+  call.keep = keep > 0 && keep < time ? keep : time;
+  // The last layer works on the last positions alone where no more are wanted, and on one more for their token shift.
+  call.tail = call.keep + 1 < time && plain_end(mask, source[layers], call.keep + 1) ? call.keep + 1 : 0;
+  const bool padded = rows < batch * time;
+  call.hidden = padded ? at::zeros({batch, call.keep, model.hidden}, embeds.options())
+                       : at::empty({batch, call.keep, model.hidden}, embeds.options());
+  const bool missing = int64_t(call.packing.sequence.size()) < batch;  // of these nothing is read
+  for (const Tensor& old : state) call.after.push_back(missing ? old.clone() : at::empty_like(old));
+  if (rows) type == at::kFloat ? read<float>(call, threads) : read<uint16_t>(call, threads);
+
+  std::vector<Tensor> result = {call.hidden};
+  result.insert(result.end(), call.after.begin(), call.after.end());
   return result;
 }
 

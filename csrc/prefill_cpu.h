@@ -1,17 +1,19 @@
 // What the operator of prefill (prefill.cpp) and its CPU kernels share; free of PyTorch headers.
 //
-// Activations are dense rows (batch * time, size) of float or bfloat16; every kernel handles the rows [begin, end).
+// Activations are dense rows (rows, size) of float or bfloat16, sequences one behind the other without padding; every
+// kernel handles the rows [begin, end).
 #pragma once
 
 #include "layer.h"
 
 namespace visualrwkv {
 
-// Sequences, and where the token shift of each position finds the position before it.
+// Sequences, and where the token shift of the first row of each finds the row before it.
 struct Sequences {
-  int64_t batch, time;
-  const bool* real;       // (batch, time), null: all. What is padded changes no state and is nobody's predecessor.
-  const void* old_shift;  // (batch, size): of the position before the first one
+  int64_t count;
+  const int64_t* begins;  // (count + 1): the first row of each, and the end
+  const int64_t* index;   // (count): which sequence of the batch
+  const void* old_shift;  // (batch, size)
 };
 
 // The residual stream x' = x + logistic(gate) add, its norm z, and for each ratio z + (z before - z) * ratio.
@@ -20,12 +22,13 @@ struct NormAndMix : Sequences {
   float eps;
   Norm norm;
   const void *x, *add = nullptr, *gate = nullptr;  // add or gate may be null
-  const int64_t* source = nullptr;  // (batch, time): of which position a position takes x, add and gate; null: its own
+  const int64_t* source = nullptr;  // (rows): of which row a row takes x, add and gate, counted from `origin`; null: its own
+  int64_t origin = 0;
   void *x_out = nullptr, *z;        // x_out may be null
   int mixes = 0;
   const void* ratio[2];  // (size)
   void* mixed[2];
-  void* new_shift = nullptr;  // (batch, size): z of the last position that is real; may be null
+  void* new_shift = nullptr;  // (batch, size): z of the last row of a sequence; may be null
 };
 
 // The second half of low-rank maps: base + tanh(low) w.

@@ -10,36 +10,31 @@ namespace visualrwkv {
 namespace VISUALRWKV_SET {
 namespace {
 
-// Where each position of a run of rows finds the one before it. z of what lies before the run comes from `recompute`.
+// Where the rows of a run, which are walked through one by one, find the row before them.
 template <typename E>
 class Predecessor {
  public:
-  Predecessor(const Sequences& s, int64_t size) : s_(s), size_(size) {}
-
-  // Before the first row of the run; recompute(row) gives a row of z that may not be written yet.
+  // recompute(row) gives z of a row in front of the run, which may not be written yet.
   template <typename Recompute>
-  void start(int64_t row, Recompute recompute) {
-    const int64_t b = row / s_.time;
-    int64_t t = row % s_.time - 1;
-    while (t >= 0 && !real(b * s_.time + t)) t--;
-    at = t < 0 ? shift(b) : recompute(b * s_.time + t);
+  Predecessor(const Sequences& s, int64_t size, int64_t row, Recompute recompute) : s_(s), size_(size) {
+    n_ = std::upper_bound(s.begins, s.begins + s.count, row) - s.begins - 1;
+    at = row == s.begins[n_] ? nullptr : recompute(row - 1);
   }
 
   void enter(int64_t row) {
-    if (row % s_.time == 0) at = shift(row / s_.time);
+    if (row == s_.begins[n_]) at = static_cast<const E*>(s_.old_shift) + s_.index[n_] * size_;
   }
-  void leave(int64_t row, const E* z) {
-    if (real(row)) at = z;
+  // The sequence of the batch that ends with this row, or -1.
+  int64_t leave(int64_t row, const E* z) {
+    at = z;
+    return row + 1 == s_.begins[n_ + 1] ? s_.index[n_++] : -1;
   }
 
-  const E* at = nullptr;
+  const E* at;
 
  private:
-  bool real(int64_t row) const { return !s_.real || s_.real[row]; }
-  const E* shift(int64_t b) const { return static_cast<const E*>(s_.old_shift) + b * size_; }
-
   const Sequences& s_;
-  int64_t size_;
+  int64_t size_, n_;
 };
 
 template <typename E>
@@ -48,7 +43,7 @@ void norm_and_mix(const NormAndMix& p, int64_t begin, int64_t end) {
   std::vector<float> row(size);
   std::vector<E> before(size);
   const auto read = [&](int64_t m, E* x_out, E* z) {
-    const int64_t from = (p.source ? m / p.time * p.time + p.source[m] : m) * size;
+    const int64_t from = (p.source ? p.source[m] - p.origin : m) * size;
     const E* const x = static_cast<const E*>(p.x) + from;
     const E* const add = p.add ? static_cast<const E*>(p.add) + from : nullptr;
     const E* const gate = p.gate ? static_cast<const E*>(p.gate) + from : nullptr;
@@ -61,16 +56,21 @@ void norm_and_mix(const NormAndMix& p, int64_t begin, int64_t end) {
     normalise<E>(row.data(), row.data(), p.norm, size, p.eps);
     each(0, size, [&](int64_t n, auto lanes) { set(z + n, get(row.data() + n, lanes)); });
   };
-  Predecessor<E> previous(p, size);
-  if (p.old_shift)
-    previous.start(begin, [&](int64_t m) {
-      read(m, nullptr, before.data());
-      return before.data();
-    });
-  for (int64_t m = begin; m < end; m++) {
+  const auto read_row = [&](int64_t m) {
     E* const z = static_cast<E*>(p.z) + m * size;
     read(m, p.x_out ? static_cast<E*>(p.x_out) + m * size : nullptr, z);
-    if (!p.old_shift) continue;
+    return z;
+  };
+  if (!p.old_shift) {
+    for (int64_t m = begin; m < end; m++) read_row(m);
+    return;
+  }
+  Predecessor<E> previous(p, size, begin, [&](int64_t m) {
+    read(m, nullptr, before.data());
+    return before.data();
+  });
+  for (int64_t m = begin; m < end; m++) {
+    const E* const z = read_row(m);
     previous.enter(m);
     for (int i = 0; i < p.mixes; i++) {
       const E* ratio = static_cast<const E*>(p.ratio[i]);
@@ -80,9 +80,8 @@ void norm_and_mix(const NormAndMix& p, int64_t begin, int64_t end) {
         set(out + n, here + (get(previous.at + n, lanes) - here) * get(ratio + n, lanes));
       });
     }
-    previous.leave(m, z);
-    if (p.new_shift && m % p.time == p.time - 1)
-      std::memcpy(static_cast<E*>(p.new_shift) + m / p.time * size, previous.at, sizeof(E) * size);
+    const int64_t ended = previous.leave(m, z);
+    if (p.new_shift && ended >= 0) std::memcpy(static_cast<E*>(p.new_shift) + ended * size, z, sizeof(E) * size);
   }
 }
 
@@ -146,8 +145,7 @@ void mix_by_data(const MixByData& p, int64_t begin, int64_t end) {
   const int64_t size = p.low.size, rank = p.low.rank;
   const E* const all = static_cast<const E*>(p.z);
   std::vector<float> low(4 * 5 * rank);
-  Predecessor<E> previous(p, size);
-  previous.start(begin, [&](int64_t m) { return all + m * size; });
+  Predecessor<E> previous(p, size, begin, [&](int64_t m) { return all + m * size; });
   by_fours(end - begin, [&](int64_t first, auto count) {
     constexpr int M = decltype(count)::value;
     const E *z[M], *before[M];

@@ -103,11 +103,37 @@ def test_orders_padding_and_what_is_kept(scan, padded, keep, threads):
 @needs_kernel
 def test_it_is_the_kernel_that_was_compared():
     model = language_model()
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[1, 8:] = False
     with torch.no_grad():
         embeds = model.emb(torch.randint(50, (2, 9)))
         state = prefix(model, 2)
-        hidden = inference.read(model, embeds, state, ragged(2, 9), orders_of(model, "multi", 2, 9), keep=2)
-    assert hidden.shape == (2, 2, 128) and state.seen == 5  # `forward` counts
+        orders = orders_of(model, "multi", 2, 9)
+        hidden = inference.read(model, embeds, state, mask, orders, keep=2)
+        assert hidden.shape == (2, 2, 128) and state.seen == 5  # `forward` counts
+        mask[0, 1] = False
+        assert inference.read(model, embeds, state, mask, orders) is None, "no image is padded inside"
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 2, 7, 40])
+@pytest.mark.parametrize("threads", [1, 2, 3, 6])
+def test_batches_of_unequal_sequences(batch, dtype, threads):
+    """Shared by rows, or by sequences in several pieces; some of nothing at all."""
+    model, length, before = language_model(dtype=dtype), 50, torch.get_num_threads()
+    mask = torch.arange(length) >= torch.randint(length, (batch, 1))
+    mask[3::4] = False
+    ids, state = torch.randint(50, (batch, length)), prefix(model, batch)
+    starts = torch.stack([torch.arange(batch), torch.full((batch,), length - 7)], 1)[mask[:, -7]]
+    orders = layer_orders("bi", len(model.blocks), starts, (2, 3), (batch, length))
+    try:
+        torch.set_num_threads(threads)
+        for keep in (0, 1):
+            ours, wanted = both_ways(model, ids, state, mask=mask, orders=orders, keep=keep)
+            assert_equal(ours, wanted, dtype, mask[:, -keep:])
+    finally:
+        torch.set_num_threads(before)
 
 
 @needs_kernel

@@ -17,10 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
 
 from visualrwkv.errors import InputError
 from visualrwkv.serving.engine import Engine, Reply
@@ -52,7 +53,7 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
 
 
-def build_app(vlm, settings: Settings) -> FastAPI:
+def build_app(vlm, settings: Settings) -> Starlette:
     """The application that answers with `vlm`; `app.state.service` holds its `Service`."""
     service = Service(vlm, settings)
 
@@ -61,41 +62,41 @@ def build_app(vlm, settings: Settings) -> FastAPI:
         yield
         service.close()
 
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
-    app.state.service = service
-
-    @app.exception_handler(Refused)
     async def refused(request, error):
         return JSONResponse(error.body, error.status, error.headers)
 
-    @app.exception_handler(HTTPException)
     async def no_such_page(request, error):
         message = f"{request.method} {request.url.path}: {error.detail}; see /v1/models and /v1/chat/completions"
         return JSONResponse(Refused(error.status_code, message).body, error.status_code, error.headers)
 
-    @app.get("/health")
-    async def health():
+    async def health(request):
         running, waiting = service.engine.load
         status = {"status": "ok" if service.engine.alive else "failed", "running": running, "waiting": waiting}
         return JSONResponse(status | {"tickets": service.tickets}, 200 if service.engine.alive else 503)
 
-    @app.get("/v1/models")
-    async def models(request: Request):
+    async def models(request):
         service.check_key(request)
-        return {"object": "list", "data": [service.card]}
+        return JSONResponse({"object": "list", "data": [service.card]})
 
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str, request: Request):
+    async def model(request):
         service.check_key(request)
+        name = request.path_params["name"]
         if name != settings.model:
             message = f"the model {name[:80]!r} does not exist; this server has {settings.model!r}"
             raise Refused(404, message, "model", "model_not_found")
-        return service.card
+        return JSONResponse(service.card)
 
-    @app.post("/v1/chat/completions")
-    async def chat(request: Request):
-        return await service.chat(request)
-
+    app = Starlette(
+        routes=[
+            Route("/health", health),
+            Route("/v1/models", models),
+            Route("/v1/models/{name:path}", model),
+            Route("/v1/chat/completions", service.chat, methods=["POST"]),
+        ],
+        exception_handlers={Refused: refused, HTTPException: no_such_page},
+        lifespan=lifespan,
+    )
+    app.state.service = service
     return app
 
 
@@ -103,11 +104,13 @@ class Service:
     """From a request to its response."""
 
     def __init__(self, vlm, settings: Settings):
-        self.engine = Engine(vlm, settings.slots)
+        self.engine = Engine(vlm, settings.slots, self._hand_over)
         self.tickets = settings.slots + settings.queue
         self.card = {"id": settings.model, "object": "model", "created": int(time.time()), "owned_by": "visualrwkv"}
         self._processor, self._settings, self._limits = vlm.processor, settings, settings.limits
         self._readers = ThreadPoolExecutor(READERS, "reader")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._told: list[tuple[asyncio.Queue, tuple[str, object]]] = []  # by the engine's thread
 
     def close(self) -> None:
         self.engine.close()
@@ -140,16 +143,11 @@ class Service:
 
     async def _answer(self, request: Request, ticket: "_Ticket"):
         body = await self._body(request)
-        loop = asyncio.get_running_loop()
-        asked, ids, pictures = await loop.run_in_executor(self._readers, self._prepare, body)
+        self._loop = asyncio.get_running_loop()
+        asked, ids, pictures = await self._loop.run_in_executor(self._readers, self._prepare, body)
         del body
         events: asyncio.Queue = asyncio.Queue()
-
-        def tell(text, finish):
-            with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
-                loop.call_soon_threadsafe(events.put_nowait, (text, finish))
-
-        reply = Reply(ids, pictures, asked.sampling, tell)
+        reply = Reply(ids, pictures, asked.sampling, lambda *event: self._told.append((events, event)))
         completion = _Completion(self._settings.model, len(ids), asked)
         if asked.stream:
             ticket.streaming = True
@@ -171,6 +169,19 @@ class Service:
             reply.cancelled.set()
             whole.cancel()
             gone.cancel()
+
+    def _hand_over(self):
+        """What the replies were told since the last call, to the thread that answers: waking it once costs less than once
+        for each."""
+        told, self._told = self._told, []
+
+        def put():
+            for events, event in told:
+                events.put_nowait(event)
+
+        if told:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
+                self._loop.call_soon_threadsafe(put)
 
     def _prepare(self, body: bytes):
         asked = parse(body, self._settings.model, self._limits)

@@ -76,13 +76,14 @@ class Engine:
     Args:
         vlm: a `VisualRWKV`.
         slots: replies under way at most; further ones wait in the order in which they came.
+        told: called in the engine's thread behind all calls of `tell` that a token of the batch gave rise to.
     """
 
-    def __init__(self, vlm, slots: int = 32):
+    def __init__(self, vlm, slots: int = 32, told: Callable[[], None] = lambda: None):
         self.slots = slots
         self.recent = RecentPictures()
         self._model, self._tokenizer = vlm.model, vlm.processor.tokenizer
-        self._never = torch.tensor([vlm.model.config.image_token_id], device=vlm.model.device)  # places are no answer
+        self._told = told
         self._changed = threading.Condition()
         self._waiting: deque[Reply] = deque()
         self._running: list[Reply] = []  # rows of `_state`
@@ -132,7 +133,9 @@ class Engine:
             except Exception as error:  # out of memory, say: these replies are lost, the server is not
                 self._fail(self._running, error)
                 self._running, self._last, self._state = [], [], None
+                self._told()
         self._fail([*self._running, *self._waiting], RuntimeError("the server is shutting down"))
+        self._told()
 
     def _next_to_read(self) -> list[Reply]:
         """Take requests off the queue, as many as there are slots and as may be read at once."""
@@ -163,6 +166,7 @@ class Engine:
             output = self._model(**inputs, logits_to_keep=1)
         except Exception as error:
             self._fail(replies, error)
+            self._told()
             return
         finally:
             for reply in replies:
@@ -196,13 +200,14 @@ class Engine:
 
     def _choose(self, scores: Tensor, first: int = 0) -> None:
         """Choose the next tokens of the rows from `first` on, for scores (rows, V); let complete ones leave."""
-        scores = scores.index_fill(1, self._never, -torch.inf)
+        scores[:, self._model.config.image_token_id] = -torch.inf  # a place for a picture is no answer
         stay = [True] * first
         likeliest = scores.argmax(-1).tolist()
         for row, reply in enumerate(self._running[first:]):
             token = reply.choose(scores[row], likeliest[row])
             self._last[first + row] = token
             stay.append(reply.take(token))
+        self._told()
         self._keep(stay)
 
     def _drop_cancelled(self) -> None:

@@ -1,0 +1,93 @@
+// A batch of padded sequences as prefill reads it: what is not padded stands one behind the other, so that nothing is
+// computed for the rest, and the sequences stand in the order in which threads share them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <numeric>
+#include <optional>
+#include <vector>
+
+namespace visualrwkv {
+
+using at::Tensor;
+
+struct Packing {
+  std::vector<int64_t> sequence;   // which one of the batch
+  std::vector<int64_t> begins;     // the first row of each, and the end
+  std::vector<int64_t> positions;  // of each row: its place in (batch, time)
+  // Of each row, for each layer and the output: in which row of the order before it stands; empty: in its own.
+  std::vector<std::vector<int64_t>> sources;
+  std::vector<int64_t> pieces;  // the first sequence of each, and the end
+
+  int64_t rows() const { return positions.size(); }
+  int64_t rows_of_piece(int64_t p) const { return begins[pieces[p + 1]] - begins[pieces[p]]; }
+};
+
+// The sequences of a piece each, for `pieces` of nearly the same number of rows, the longest one first.
+inline std::vector<std::vector<int64_t>> share(const std::vector<int64_t>& lengths, int64_t pieces) {
+  std::vector<int64_t> order(lengths.size()), rows(pieces);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
+  std::vector<std::vector<int64_t>> shares(pieces);
+  for (int64_t b : order) {
+    if (lengths[b] == 0) continue;
+    const int64_t least = std::min_element(rows.begin(), rows.end()) - rows.begin();
+    shares[least].push_back(b);
+    rows[least] += lengths[b];
+  }
+  return shares;
+}
+
+// real (batch, time): what is not padded, or undefined; sources: (batch, time) each, or undefined; pieces: how many there
+// shall be, unless one of them would have far more rows than another: then it is one. Nothing where a source is padded.
+inline std::optional<Packing> pack(
+    int64_t batch, int64_t time, const Tensor& real, const std::vector<Tensor>& sources, int64_t pieces) {
+  const bool* const is_real = real.defined() ? real.const_data_ptr<bool>() : nullptr;
+  std::vector<int64_t> lengths(batch, time);
+  if (is_real)
+    for (int64_t b = 0; b < batch; b++) lengths[b] = std::count(is_real + b * time, is_real + (b + 1) * time, true);
+
+  auto shares = share(lengths, std::min(pieces, batch));
+  const auto count = [&](const std::vector<int64_t>& one) {
+    int64_t rows = 0;
+    for (int64_t b : one) rows += lengths[b];
+    return rows;
+  };
+  int64_t most = 0, all = 0;
+  for (const auto& one : shares) {
+    most = std::max(most, count(one));
+    all += count(one);
+  }
+  if (int64_t(shares.size()) < pieces || 10 * most * pieces > 11 * all) shares = share(lengths, 1);
+
+  Packing p;
+  std::vector<int64_t> row(batch * time, -1);
+  for (const auto& one : shares) {
+    p.pieces.push_back(p.sequence.size());
+    for (int64_t b : one) {
+      p.sequence.push_back(b);
+      p.begins.push_back(p.rows());
+      for (int64_t place = b * time; place < (b + 1) * time; place++)
+        if (!is_real || is_real[place]) {
+          row[place] = p.rows();
+          p.positions.push_back(place);
+        }
+    }
+  }
+  p.pieces.push_back(p.sequence.size());
+  p.begins.push_back(p.rows());
+
+  for (const Tensor& source : sources) {
+    std::vector<int64_t>& packed = p.sources.emplace_back();
+    if (!source.defined()) continue;
+    for (int64_t place : p.positions) {
+      packed.push_back(row[place / time * time + source.const_data_ptr<int64_t>()[place]]);
+      if (packed.back() < 0) return std::nullopt;
+    }
+  }
+  return p;
+}
+
+}  // namespace visualrwkv
