@@ -40,6 +40,7 @@ constexpr int64_t PIECE_ROWS = 512;  // a piece's activations stay in the caches
 // Products are of multiples of so many rows: a library prepares itself for each size that it has not met lately, which
 // takes several times as long as the product of a prompt.
 constexpr int64_t GRAIN = 8;
+constexpr int64_t CACHED_BYTES = 32 << 20;  // of weights
 
 // Whether products in float32 go to oneDNN: where visualrwkv/ops/linear.py takes it, and for the same reason.
 bool by_onednn() {
@@ -511,12 +512,15 @@ std::vector<Tensor> rwkv6_prefill(
     TORCH_CHECK_VALUE(
         !t || (t->min().item<int64_t>() >= 0 && t->max().item<int64_t>() < time), "sources point outside of the sequence");
   }
-  // In a team, and by pieces, every thread reads all weights: with few rows for each the memory would be what they wait for.
+  // In a team, and by pieces, every thread reads all weights: with few rows for each the memory would be what they wait
+  // for, unless the weights stay in the caches.
+  int64_t bytes = 0;
+  for (const Tensor& w : weights) bytes += w.nbytes();
   int threads = 1;
   const int64_t rows = mask.defined() ? mask.sum().item<int64_t>() : batch * time;
 #ifdef _OPENMP
   const int64_t wanted = at::get_num_threads();
-  if (!omp_in_parallel() && rows >= GRAIN * wanted * wanted) threads = wanted;
+  if (!omp_in_parallel() && rows >= GRAIN * wanted * (bytes <= CACHED_BYTES ? 1 : wanted)) threads = wanted;
 #endif
   std::optional<Packing> packing = pack(batch, time, mask, source, pieces_of(rows, threads));
   if (!packing) return {};

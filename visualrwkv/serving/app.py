@@ -171,8 +171,7 @@ class Service:
             gone.cancel()
 
     def _hand_over(self):
-        """What the replies were told since the last call, to the thread that answers: waking it once costs less than once
-        for each."""
+        """What the replies were told since the last call, to the thread that answers; waking it takes long."""
         told, self._told = self._told, []
 
         def put():
