@@ -471,12 +471,6 @@ bool plain_end(const Tensor& real, const Tensor& source, int64_t count) {
   return true;
 }
 
-// How many pieces of a batch threads shall take turns with.
-int64_t pieces_of(int64_t rows, int threads) {
-  if (threads == 1) return 1;
-  return std::max<int64_t>(1, rows / (PIECE_ROWS * threads)) * threads;
-}
-
 // embeds (B, T, D) before ln0; weights, scales: see `read_model`; state: att_shift (B, D), wkv (B, H, N, N) float32 and
 // ffn_shift (B, D) of each layer; real (B, T) bool: what is not padded, all of it where it is not given; sources: for each
 // layer, and for the output, (B, T) at which position of the order before each position of the next order stands, where
@@ -522,7 +516,7 @@ std::vector<Tensor> rwkv6_prefill(
   const int64_t wanted = at::get_num_threads();
   if (!omp_in_parallel() && rows >= GRAIN * wanted * (bytes <= CACHED_BYTES ? 1 : wanted)) threads = wanted;
 #endif
-  std::optional<Packing> packing = pack(batch, time, mask, source, pieces_of(rows, threads));
+  std::optional<Packing> packing = pack(batch, time, mask, source, threads, PIECE_ROWS);
   if (!packing) return {};
 
   Call call{model, embeds, state, std::move(*packing)};

@@ -40,31 +40,37 @@ inline std::vector<std::vector<int64_t>> share(const std::vector<int64_t>& lengt
   return shares;
 }
 
-// real (batch, time): what is not padded, or undefined; sources: (batch, time) each, or undefined; pieces: how many there
-// shall be, unless one of them would have far more rows than another: then it is one. Nothing where a source is padded.
+// Whether threads that share sequences have nearly the same number of rows.
+inline bool is_fair(const std::vector<int64_t>& lengths, int64_t threads) {
+  int64_t most = 0, all = 0;
+  for (const auto& one : share(lengths, threads)) {
+    int64_t rows = 0;
+    for (int64_t b : one) rows += lengths[b];
+    most = std::max(most, rows);
+    all += rows;
+  }
+  return 10 * most * threads <= 11 * all;
+}
+
+// real (batch, time): what is not padded, or undefined; sources: (batch, time) each, or undefined; piece_rows: of pieces, of
+// which there is one where threads cannot share sequences fairly. Nothing where a source is padded.
 inline std::optional<Packing> pack(
-    int64_t batch, int64_t time, const Tensor& real, const std::vector<Tensor>& sources, int64_t pieces) {
+    int64_t batch, int64_t time, const Tensor& real, const std::vector<Tensor>& sources, int64_t threads,
+    int64_t piece_rows) {
   const bool* const is_real = real.defined() ? real.const_data_ptr<bool>() : nullptr;
   std::vector<int64_t> lengths(batch, time);
   if (is_real)
     for (int64_t b = 0; b < batch; b++) lengths[b] = std::count(is_real + b * time, is_real + (b + 1) * time, true);
-
-  auto shares = share(lengths, std::min(pieces, batch));
-  const auto count = [&](const std::vector<int64_t>& one) {
-    int64_t rows = 0;
-    for (int64_t b : one) rows += lengths[b];
-    return rows;
-  };
-  int64_t most = 0, all = 0;
-  for (const auto& one : shares) {
-    most = std::max(most, count(one));
-    all += count(one);
+  int64_t pieces = 1;
+  if (threads > 1 && is_fair(lengths, threads)) {
+    const int64_t rows = std::accumulate(lengths.begin(), lengths.end(), int64_t(0));
+    pieces = std::min(batch, threads * std::max<int64_t>(1, rows / (threads * piece_rows)));
   }
-  if (int64_t(shares.size()) < pieces || 10 * most * pieces > 11 * all) shares = share(lengths, 1);
 
   Packing p;
   std::vector<int64_t> row(batch * time, -1);
-  for (const auto& one : shares) {
+  for (const auto& one : share(lengths, pieces)) {
+    if (one.empty()) continue;
     p.pieces.push_back(p.sequence.size());
     for (int64_t b : one) {
       p.sequence.push_back(b);
