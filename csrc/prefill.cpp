@@ -40,7 +40,7 @@ constexpr int64_t PIECE_ROWS = 512;  // a piece's activations stay in the caches
 // Products are of multiples of so many rows: a library prepares itself for each size that it has not met lately, which
 // takes several times as long as the product of a prompt.
 constexpr int64_t GRAIN = 8;
-constexpr int64_t CACHED_BYTES = 32 << 20;  // of weights
+constexpr int64_t CACHED_BYTES = 32 << 20;  // of weights that stay in the caches
 
 // Whether products in float32 go to oneDNN: where visualrwkv/ops/linear.py takes it, and for the same reason.
 bool by_onednn() {
