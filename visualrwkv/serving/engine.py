@@ -22,7 +22,7 @@ from visualrwkv.serving.pictures import Picture, RecentPictures
 from visualrwkv.state import RWKVState
 from visualrwkv.streaming import ReplyText
 
-PREFILL_POSITIONS = 4096  # that are read between two tokens of the others, if one prompt is not longer
+PREFILL_POSITIONS = 4096  # padded positions that are read between two tokens of the others, if one prompt is not longer
 PICTURES_AT_ONCE = 16  # through the vision tower
 
 
@@ -140,14 +140,13 @@ class Engine:
     def _next_to_read(self) -> list[Reply]:
         """Take requests off the queue, as many as there are slots and as may be read at once."""
         chosen: list[Reply] = []
-        positions = 0
         with self._changed:
             while self._waiting and len(self._running) + len(chosen) < self.slots:
                 if self._waiting[0].cancelled.is_set():
                     self._waiting.popleft()
                     continue
-                positions += len(self._waiting[0].ids)
-                if chosen and positions > PREFILL_POSITIONS:
+                longest = max(len(reply.ids) for reply in (*chosen, self._waiting[0]))
+                if chosen and longest * (len(chosen) + 1) > PREFILL_POSITIONS:
                     break
                 chosen.append(self._waiting.popleft())
         return chosen
