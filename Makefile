@@ -37,13 +37,15 @@ model: $(VENV)/.installed-dev
 	$(BIN)/python -m visualrwkv.scenes.card out/tiny/8_everything visualrwkv/assets/tiny \
 		--recipes $(addprefix out/tiny/,$(STAGES))
 
-# The stamps make a second call instant; a changed pyproject.toml installs again.
+# The stamps make a second call instant; a changed pyproject.toml installs again. Of lmms-eval the tests need its base class
+# and its registry, not its own dependencies.
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable ".[dev,train]"
+	$(BIN)/python -m pip install --quiet --no-deps "lmms_eval>=0.7.2"
 	@touch $@ $(VENV)/.installed
 
 $(BIN)/python:
