@@ -40,6 +40,7 @@ constexpr int64_t PIECE_ROWS = 512;  // a piece's activations stay in the caches
 // Products are of multiples of so many rows: a library prepares itself for each size that it has not met lately, which
 // takes several times as long as the product of a prompt.
 constexpr int64_t GRAIN = 8;
+constexpr int64_t THREAD_ROWS = 8;          // fewer for each thread are left to the threads of the libraries
 constexpr int64_t CACHED_BYTES = 32 << 20;  // of weights that stay in the caches
 
 // Whether products in float32 go to oneDNN: where visualrwkv/ops/linear.py takes it, and for the same reason.
@@ -72,7 +73,6 @@ struct Call {
   Tensor hidden;              // (B, keep, D) behind ln_out
   std::vector<Tensor> after;  // the state, in the order of the given one
 
-  int64_t batch() const { return embeds.size(0); }
   int64_t time() const { return embeds.size(1); }
   int64_t layers() const { return model.layers.size(); }
 };
@@ -319,7 +319,6 @@ class Prefill {
   // A run that begins with a grain, up to the end of its last grain.
   static Run filled(const Run& rows) { return {rows.begin, rows.begin + (rows.count() + GRAIN - 1) / GRAIN * GRAIN}; }
 
-
   static E* elements(const Tensor& x) { return static_cast<E*>(x.data_ptr()); }
 
   static Tensor part(const Tensor& x, const Run& rows) { return x.narrow(0, rows.begin, rows.count()); }
@@ -457,7 +456,7 @@ void read(Call& call, int threads) {
     on_threads(threads, [&](int thread) { prefill.walk(thread); }, [&] { prefill.give_up(); });
   else
     prefill.walk(0);
-  threads = 1;
+  threads = 1;  // the team has ended
   prefill.finish();
 }
 
@@ -514,7 +513,7 @@ std::vector<Tensor> rwkv6_prefill(
   const int64_t rows = mask.defined() ? mask.sum().item<int64_t>() : batch * time;
 #ifdef _OPENMP
   const int64_t wanted = at::get_num_threads();
-  if (!omp_in_parallel() && rows >= GRAIN * wanted * (bytes <= CACHED_BYTES ? 1 : wanted)) threads = wanted;
+  if (!omp_in_parallel() && rows >= THREAD_ROWS * wanted * (bytes <= CACHED_BYTES ? 1 : wanted)) threads = wanted;
 #endif
   std::optional<Packing> packing = pack(batch, time, mask, source, threads, PIECE_ROWS);
   if (!packing) return {};
