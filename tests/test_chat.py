@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import visualrwkv
 from visualrwkv import InputError
 
 SHORT = {"max_new_tokens": 12}
@@ -98,6 +99,23 @@ def test_bad_input_is_refused_on_one_line(vlm, image, question, options, words):
 def test_an_image_of_900_million_pixels_is_refused_unread(vlm, huge_png):
     with pytest.raises(InputError, match="pixels, the limit is"):
         vlm.ask(huge_png, "What?")
+
+
+def test_a_model_that_computes_no_numbers_is_refused(random_folder, pictures):
+    """Its likeliest token would be the first one of the vocabulary, which ends a reply: an empty answer."""
+    vlm = visualrwkv.load(random_folder)
+    with torch.no_grad():
+        vlm.model.rwkv.blocks[0].att.output.weight[3, 5] = torch.nan
+    chat = vlm.chat()
+    for ask in (
+        lambda: vlm.ask(pictures, QUESTIONS),
+        lambda: vlm.ask(pictures[0], "What?", temperature=1.0),
+        lambda: list(vlm.stream(pictures[0], "What?")),
+        lambda: chat.say("What?"),
+    ):
+        with pytest.raises(InputError, match="NaN.*float32"):
+            ask()
+    assert chat.transcript == []
 
 
 def test_stop_strings_end_a_reply_however_it_is_asked_for(vlm, pictures):

@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import visualrwkv
 from visualrwkv.loading import EMBEDDED
 from visualrwkv.scenes.accuracy import evaluate_scenes, shares
 
+GPU = torch.cuda.is_available()
 PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "scene.png"
 
 
@@ -27,6 +29,17 @@ def test_it_sees_the_picture_of_the_quick_start(embedded):
     assert embedded.ask(PICTURE, "What number is on the sign?") == "42"  # the question of `make ask`
     assert "a large brown circle" in embedded.ask(PICTURE, "Describe the image.")
     assert embedded.ask(PICTURE, "图中有几个物体？").isdecimal()
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a GPU")])]
+)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_numbers_of_two_bytes_answer_as_those_of_four(embedded, dtype, device):
+    """In its WKV sums numbers above a million occur; float16 ends at 65,504."""
+    vlm = visualrwkv.load(dtype=dtype, device=device)
+    questions = ["What number is on the sign?", "Describe the image.", "How many objects are there?"]
+    assert vlm.ask(PICTURE, questions) == embedded.ask(PICTURE, questions)
 
 
 def test_the_card_tells_the_truth(embedded):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import visualrwkv
 from visualrwkv import InputError
+from visualrwkv.checkpoints import convert
 
 
 def test_prompt_and_scan_change_what_the_model_sees(random_folder, pictures):
@@ -41,6 +42,17 @@ def test_load_options(random_folder):
     ):
         with pytest.raises(InputError, match=value):
             visualrwkv.load(random_folder, **{option: value})
+
+
+def test_float16_is_computed_as_float32_on_the_cpu(random_folder, tmp_path):
+    """Kernels of the CPU are for float32 and bfloat16; in float16 the modules take many times as long."""
+    visualrwkv.load(random_folder, dtype="float16").model.save_pretrained(tmp_path)
+    visualrwkv.load(random_folder).processor.save_pretrained(tmp_path)
+    assert {x.dtype for x in load_file(tmp_path / "model.safetensors").values()} == {torch.float16}
+    assert {p.dtype for p in visualrwkv.load(tmp_path, device="cpu").model.parameters()} == {torch.float32}
+    assert visualrwkv.load(tmp_path, device="cpu", dtype="float16").model.dtype == torch.float16
+    convert(tmp_path, tmp_path / "official.pth")
+    assert visualrwkv.load(tmp_path / "official.pth", device="cpu").model.dtype == torch.float32
 
 
 def test_unusable_folders_are_named(random_folder, tmp_path):

@@ -14,7 +14,7 @@ import torch
 from visualrwkv.errors import InputError
 from visualrwkv.image_processing import open_pictures
 from visualrwkv.prompt import Turn, check_question
-from visualrwkv.sampling import ChosenTokens, Sampling
+from visualrwkv.sampling import CheckedScores, ChosenTokens, Sampling
 from visualrwkv.session import ChatSession
 from visualrwkv.streaming import ReplyJob, ReplyText, StopAtStrings, StopAtTurnEnd
 
@@ -95,16 +95,20 @@ class VisualRWKV:
         Returns:
             transformers' output with `sequences` (prompt and reply) and `cache`, which has not read the
             last token of the reply.
+
+        Raises:
+            InputError: the model's scores are no numbers.
         """
         device, tokenizer = self.model.device, self.processor.tokenizer
         inputs = {name: value.to(device) for name, value in inputs.items()}
         rows, length = inputs["input_ids"].shape
+        choice = [] if sampling.plain else [ChosenTokens(sampling, rows, device)]
         end = StopAtStrings(tokenizer, length, sampling.stop) if sampling.stop else StopAtTurnEnd(tokenizer, length)
         return self.model.generate(
             **inputs,
             cache=state,
             generation_config=sampling.config(self.model.config.image_token_id),
-            logits_processor=[] if sampling.plain else [ChosenTokens(sampling, rows, device)],
+            logits_processor=[CheckedScores(), *choice],
             stopping_criteria=[end, stop] if stop else [end],
             streamer=streamer,
         )

@@ -192,7 +192,8 @@ def _which_model(parser):
 
 
 def _precision(parser):
-    parser.add_argument("--dtype", metavar="D", default="auto", help="float32, bfloat16, float16; default: as saved")
+    known = "float32, bfloat16, float16; default: as saved, on a CPU float32 for float16"
+    parser.add_argument("--dtype", metavar="D", default="auto", help=known)
     parser.add_argument("--quantize", choices=("int8",), help="weights of eight bits in the language model")
 
 

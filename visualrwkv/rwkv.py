@@ -87,13 +87,23 @@ class TimeMix(nn.Module):
         previous, shift = token_shift(z, state.att_shift, padding)
         xw, xk, xv, xr, xg = self.mix(z, previous)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
+        if r.dtype == torch.float16:  # y is in r's dtype; sums of key times value leave the range of float16 (65,504)
+            r = r.float()
         w = self.decay(xw).expand(batch, length, -1)
         if padding is not None:  # nothing is written and nothing decays: exp(-exp(-inf)) = 1
             k = torch.where(padding.real, k, 0)
             w = torch.where(padding.real, w, -torch.inf)
         y, wkv = wkv6(r.view(heads), k.view(heads), v.view(heads), w.reshape(heads), self.time_faaaa, state.wkv)
-        y = self.ln_x(y.reshape(batch * length, -1).to(z.dtype)).view(batch, length, -1)
+        y = self._norm_heads(y.reshape(batch * length, -1), z.dtype).view(batch, length, -1)
         return self.output(y * F.silu(self.gate(xg))), shift, wkv
+
+    def _norm_heads(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """Group norm per head of y (rows, attention_size), in the wider one of y's dtype and `dtype`."""
+        wide, norm = torch.promote_types(y.dtype, dtype), self.ln_x
+        if wide == dtype:
+            return norm(y.to(dtype))
+        weight, bias = norm.weight.to(wide), norm.bias.to(wide)
+        return F.group_norm(y, norm.num_groups, weight, bias, norm.eps).to(dtype)
 
     def init_weights(self) -> None:
         """Starting values of the public RWKV-LM recipe: decays spread over the channels, outputs start at zero."""

@@ -145,6 +145,28 @@ class TokenChoice:
         return token
 
 
+def check_scores(scores: Tensor) -> None:
+    """InputError if a model gives no numbers as scores (any shape): every choice among them would be a made-up one."""
+    if scores.isnan().any():
+        raise InputError(
+            "the model computes no numbers (NaN): its weights are damaged, or too large for the dtype; "
+            "load it with dtype float32, or from another file"
+        )
+
+
+class CheckedScores(LogitsProcessor):
+    """`check_scores` of the first token in transformers' generate; what is no number stays in the state for good."""
+
+    def __init__(self):
+        self._checked = False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not self._checked:
+            check_scores(scores)
+            self._checked = True
+        return scores
+
+
 class ChosenTokens(LogitsProcessor):
     """Lets every row of a batch follow its own `TokenChoice` in transformers' generate: the chosen token alone keeps a
     score."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from visualrwkv.sampling import Sampling, TokenChoice
+from visualrwkv.sampling import Sampling, TokenChoice, check_scores
 from visualrwkv.serving.pictures import Picture, RecentPictures
 from visualrwkv.state import RWKVState
 from visualrwkv.streaming import ReplyText
@@ -164,6 +164,7 @@ class Engine:
             if pictures:
                 inputs["image_features"] = torch.cat(self._encode(pictures))
             output = self._model(**inputs, logits_to_keep=1)
+            check_scores(output.logits)
         except Exception as error:
             self._fail(replies, error)
             self._told()
