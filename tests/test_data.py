@@ -9,6 +9,7 @@ from PIL import Image
 
 from visualrwkv.data import Collator, Curriculum, JsonDataset, ScenesDataset, cut_out, read_llava
 from visualrwkv.errors import InputError
+from visualrwkv.prompt import Turn
 from visualrwkv.recipe import ScenesData, Stretch, load_recipe, save_recipe
 
 RECIPE = """
@@ -54,6 +55,8 @@ def test_overrides_reach_nested_keys_and_list_items(recipe_file):
         ("data.json=a.json", "exactly one of 'json' and 'scenes'"),
         ("data.scenes.objects=[3, 1]", "expected [fewest, most]"),
         ("data.scenes.options=[1, 4]", "expected numbers from 2 to 5"),
+        ("data.scenes.again=2", "data.scenes.again is 2.0, expected a share"),
+        ("data.foresight=-0.1", "data.foresight is -0.1, expected a share"),
         ("data.scenes.curriculum.4.until=1", "no position in a list of 1"),
         ("steps", "written key=value"),
     ],
@@ -197,6 +200,38 @@ def test_scene_samples_of_like_length_stand_together(vlm):
     assert padding(ids[1]) < padding(ids[0]) / 2
     lengths = [len(x) for x in ids[1]]
     assert lengths != sorted(lengths)  # batches come in a random order
+
+
+def test_conversations_are_written_as_a_chat_reads_them(llava, vlm):
+    """Without foresight the ids are those that `ChatSession` reads turn by turn."""
+    sample = talk("<image>\nWhat", "red", "the the", " blue", image="0.png")
+    path = llava(sample)
+    encode = vlm.processor.encode_turns
+    turns = [Turn("user", "What", 1), Turn("assistant", "red"), Turn("user", "the the"), Turn("assistant", " blue")]
+    held = [*encode(turns[:2])[0], *encode(turns, start=2)[0]]
+    known = encode(turns)[0]
+    for share, wanted in ((0.0, {tuple(held)}), (1.0, {tuple(known)}), (0.5, {tuple(held), tuple(known)})):
+        dataset = JsonDataset(path, None, vlm.processor, 500, length=40, foresight=share)
+        assert {tuple(dataset[number]["input_ids"]) for number in range(40)} == wanted
+    assert held != known
+
+
+def test_scenes_show_their_picture_again_and_without_foresight(vlm):
+    def dataset(again, foresight):
+        scenes = ScenesData(seed=8, turns=(3, 3), again=again, kinds={"colour": 1, "count": 1, "shape": 1})
+        return ScenesDataset(scenes, vlm.processor, 2000, 16, foresight=foresight)
+
+    plain, again, held = dataset(0, 1), dataset(0.5, 1), dataset(0, 0)
+    for number in range(16):
+        (scene, turns), (same, more) = plain.conversation(number), again.conversation(number)
+        assert scene == same and [turn.text for turn in turns] == [turn.text for turn in more]
+        assert turns[0].images == more[0].images == 1 and not any(turn.images for turn in turns[1:])
+    assert {item["images"] for item in map(again.__getitem__, range(16))} == {1, 2, 3}
+    for item in map(again.__getitem__, range(16)):
+        assert len(item["pixel_values"]) == item["images"]
+        assert all(torch.equal(picture, item["pixel_values"][0]) for picture in item["pixel_values"])
+    lengths = [sum(len(one[number]["input_ids"]) for number in range(16)) for one in (held, plain, again)]
+    assert lengths[0] < lengths[1] < lengths[2]
 
 
 def test_text_only_scenes_have_no_picture(vlm):

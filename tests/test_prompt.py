@@ -112,6 +112,22 @@ def test_a_chat_reads_only_new_turns_and_the_slice_holds_what_is_known_by_then()
     assert build_prompt(third, "first", open_reply=True)[4:] == build_prompt(third, "first", open_reply=True, start=4)
 
 
+@pytest.mark.parametrize("position", ["sandwich", "first", "last"])
+@pytest.mark.parametrize("shown", [(1, 0, 0), (1, 1, 0), (0, 2, 1), (0, 0, 0)])
+def test_without_foresight_a_conversation_is_written_as_it_is_held(position, shown):
+    turns = []
+    for number, images in enumerate(shown):
+        turns += [Turn("user", f"Question {number}?", images), Turn("assistant", f"Answer {number}.")]
+    held = [
+        segment
+        for start in range(0, len(turns), 2)
+        for segment in build_prompt(turns[: start + 2], position, start=start)
+    ]
+    assert build_prompt(turns, position, foresight=False) == held
+    # foresight shows in a sandwich, when questions follow the first picture
+    assert (build_prompt(turns, position) == held) == (position != "sandwich" or not any(shown))
+
+
 @pytest.mark.parametrize(
     ("position", "text"),
     [

@@ -407,4 +407,8 @@ def test_accuracy_is_counted_by_kind(vlm, random_folder, capsys):
     assert main([str(random_folder), "--pictures", "2", "--json", "--blind"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["blind"] and result["counts"]["describe"][1] == 2 and "short" in result["shares"]
+    assert main([str(random_folder), "--pictures", "2", "--json", "--follow-up", "--look-again"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["look_again"] and result["counts"]["describe"] == [0, 0] and "short" in result["shares"]
     assert main([str(random_folder), "--pictures", "0"]) == 2
+    assert main([str(random_folder), "--look-again"]) == main([str(random_folder), "--follow-up", "--blind"]) == 2

@@ -57,14 +57,15 @@ class JsonDataset(Dataset):
         max_length: longest sample in tokens; whole trailing turns are dropped to fit.
         seed: of the order.
         length: how many items; set by the stage, which knows the number of steps.
+        foresight: share of conversations whose first picture stands below all of their questions.
     """
 
-    def __init__(self, path, images, processor, max_length, seed=0, length=None):
+    def __init__(self, path, images, processor, max_length, seed=0, length=None, foresight=1.0):
         self.samples = read_llava(path)
         self.folder = Path(images) if images else Path(path).parent
         if not self.folder.is_dir():
             raise InputError(f"{self.folder}: no such picture folder; data.images names it")
-        self.processor, self.max_length, self.seed = processor, max_length, seed
+        self.processor, self.max_length, self.seed, self.foresight = processor, max_length, seed, foresight
         self.length = len(self.samples) if length is None else length
         self._order = (None, None)  # the pass last asked for and its permutation
 
@@ -72,12 +73,12 @@ class JsonDataset(Dataset):
         return self.length
 
     def __getitem__(self, index):
-        skipped = []
+        skipped, foresight = [], foresees(self.foresight, self.seed, index)
         epoch, place = divmod(index, len(self.samples))
         for attempt in range(len(self.samples)):
             number = self._permutation(epoch)[(place + attempt) % len(self.samples)]
             try:
-                return {**self.encode(self.samples[number]), "skipped": skipped}
+                return {**self.encode(self.samples[number], foresight), "skipped": skipped}
             except InputError as error:
                 skipped.append((_sample_name(self.samples[number], number), str(error)))
         raise InputError(f"no sample can be used; the first one: {skipped[0][0]}: {skipped[0][1]}")
@@ -88,8 +89,8 @@ class JsonDataset(Dataset):
             self._order = (epoch, torch.randperm(len(self.samples), generator=generator).tolist())
         return self._order[1]
 
-    def encode(self, sample):
-        """One sample of the file as an item.
+    def encode(self, sample, foresight=True):
+        """One sample of the file as an item; see `prompt.build_prompt` for `foresight`.
 
         Raises:
             InputError: why the sample cannot be used.
@@ -104,7 +105,7 @@ class JsonDataset(Dataset):
         if shown not in (0, len(names)):  # without any marker the pictures are left out, as in the public code
             told = f"its turns show {shown} images, but 'image' names {len(names)}"
             raise InputError(f"{told}; write one <image> for each")
-        item = encode_sample(self.processor, turns, self.max_length)
+        item = encode_sample(self.processor, turns, self.max_length, foresight)
         pictures = [load_image(self.folder / name) for name in names[: item["images"]]]
         item["pixel_values"] = pixels(self.processor.image_processor, pictures) if pictures else None
         return item
@@ -163,7 +164,12 @@ def _complaint(sample):
     return None
 
 
-def encode_sample(processor, turns, max_length):
+def foresees(share, seed, index):
+    """Whether sample number `index` is one of the `share` whose first picture stands below all questions."""
+    return random.Random(f"{seed} foresight {index}").random() < share
+
+
+def encode_sample(processor, turns, max_length, foresight=True):
     """Token ids and labels of a conversation that fits `max_length`: whole trailing turns are dropped, nothing is cut.
 
     Raises:
@@ -171,7 +177,7 @@ def encode_sample(processor, turns, max_length):
     """
     turns = list(turns)
     while turns:
-        input_ids, labels = processor.encode_turns(turns, open_reply=False)
+        input_ids, labels = processor.encode_turns(turns, open_reply=False, foresight=foresight)
         if len(input_ids) <= max_length:
             break
         if sum(turn.role == "assistant" for turn in turns) <= 1:
@@ -226,11 +232,12 @@ class ScenesDataset(Dataset):
         max_length: longest sample in tokens.
         length: samples of the whole run.
         batch_size: samples that are padded together.
+        foresight: share of conversations whose picture stands below all of their questions.
     """
 
-    def __init__(self, scenes, processor, max_length, length, batch_size=1):
+    def __init__(self, scenes, processor, max_length, length, batch_size=1, foresight=1.0):
         self.scenes, self.processor, self.max_length, self.length = scenes, processor, max_length, length
-        self.batch_size = batch_size
+        self.batch_size, self.foresight = batch_size, foresight
         self.curriculum = Curriculum(scenes, length)
         self._window = (None, None)  # the window last asked for and its samples in their final order
 
@@ -247,7 +254,8 @@ class ScenesDataset(Dataset):
         picture, zoom = draw(scene), self.curriculum(number)["zoom"]
         if zoom and len(scene.objects) == 1:
             picture = cut_out(picture, scene.objects[0].box, zoom, random.Random(f"{self.scenes.seed} zoom {number}"))
-        return {**item, "pixel_values": pixels(self.processor.image_processor, [picture])}
+        values = pixels(self.processor.image_processor, [picture])
+        return {**item, "pixel_values": values.repeat(item["images"], 1, 1, 1)}
 
     def _arranged(self, window):
         """(number, scene, item without pixels) of all samples of a window, in the order in which they are learnt."""
@@ -256,7 +264,9 @@ class ScenesDataset(Dataset):
             samples = []
             for number in range(window * size, min((window + 1) * size, self.length)):
                 scene, turns = self.conversation(number)
-                samples.append((number, scene, encode_sample(self.processor, turns, self.max_length)))
+                foresight = foresees(self.foresight, self.scenes.seed, number)
+                item = encode_sample(self.processor, turns, self.max_length, foresight)
+                samples.append((number, scene, item))
             samples.sort(key=lambda sample: len(sample[2]["input_ids"]))
             batches = [samples[i : i + self.batch_size] for i in range(0, len(samples), self.batch_size)]
             last = batches.pop() if len(batches[-1]) < self.batch_size else []
@@ -299,7 +309,7 @@ class ScenesDataset(Dataset):
             )
         turns = []
         for question in questions:
-            image = int(not turns and not scenes.text_only)
+            image = int(not scenes.text_only and (not turns or rng.random() < scenes.again))
             turns += [Turn("user", question.text, image), Turn("assistant", question.answer)]
         return scene, turns
 

@@ -76,12 +76,12 @@ class VisualRWKVProcessor(ProcessorMixin):
         return ids
 
     def encode_turns(
-        self, turns: Sequence[Turn], open_reply: bool = False, start: int = 0
+        self, turns: Sequence[Turn], open_reply: bool = False, start: int = 0, foresight: bool = True
     ) -> tuple[list[int], list[int]]:
         """Ids and labels of a conversation.
 
         Args:
-            turns: the conversation; see `prompt.build_prompt` for `open_reply` and `start`.
+            turns: the conversation; see `prompt.build_prompt` for `open_reply`, `start` and `foresight`.
 
         Returns:
             input ids, with `num_image_tokens` placeholders for each picture, and labels of the same length: the id
@@ -89,7 +89,7 @@ class VisualRWKVProcessor(ProcessorMixin):
         """
         ids: list[int] = []
         labels: list[int] = []
-        for segment in build_prompt(turns, self.prompt, open_reply, start):
+        for segment in build_prompt(turns, self.prompt, open_reply, start, foresight):
             new = self.encode_pieces(segment.pieces)
             ids += new
             labels += self._labels(segment, new)

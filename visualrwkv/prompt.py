@@ -108,7 +108,11 @@ def upper_slice(turns: Sequence[Turn]) -> str:
 
 
 def build_prompt(
-    turns: Sequence[Turn], position: str = "sandwich", open_reply: bool = False, start: int = 0
+    turns: Sequence[Turn],
+    position: str = "sandwich",
+    open_reply: bool = False,
+    start: int = 0,
+    foresight: bool = True,
 ) -> list[Segment]:
     """Write a conversation as segments, one for each turn.
 
@@ -121,6 +125,8 @@ def build_prompt(
         open_reply: leave the last assistant turn open for the model to write. A conversation that ends with the user
             gets a new `Assistant:`; one that ends with the assistant is continued from its last word.
         start: write only the turns from this index on (the turns before it have been read already).
+        foresight: False writes each turn as if those behind it were not known yet, as they are when a conversation is
+            held turn by turn: no later question stands above the first picture.
     """
     check_position(position)
     turns = list(turns)
@@ -132,9 +138,9 @@ def build_prompt(
         text = collapse(turn.text)
         body: list[str | Image] = [text] if text else []
         if turn.images:
-            upper = ""
+            upper, known = "", turns if foresight else turns[: index + 1]
             if position == "sandwich":
-                upper = upper_slice(turns if index == first else [Turn("user", turn.text, turn.images)]).lstrip()
+                upper = upper_slice(known if index == first else [Turn("user", turn.text, turn.images)]).lstrip()
             pictures = [IMAGE, "\n"] * turn.images
             if position == "last":
                 body = [text, "\n", *pictures[:-1]] if text else pictures[:-1]

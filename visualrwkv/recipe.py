@@ -83,6 +83,7 @@ class ScenesData:
     chinese: float = 0.25  # share of Chinese questions
     vary: float = 0.5  # share of questions in another wording than the usual one
     short_line: float = 0.5  # share of short English questions with the line that asks for a word or phrase
+    again: float = 0.0  # share of the later questions that show the picture once more
     text_only: bool = False  # leave the pictures out: the language of the world without its pictures
     curriculum: list[Stretch] = field(default_factory=list)
 
@@ -94,6 +95,9 @@ class DataRecipe:
     json: str | None = None  # LLaVA-format file: a JSON list, or one JSON object a line (.jsonl)
     images: str | None = None  # folder that the picture names of the file start from
     max_length: int = 2048  # longest sample in tokens, image features included
+    # Share of conversations whose first picture stands below all of their questions, as in the released models (prompt
+    # "sandwich"). In the others it stands below the first one alone, as in `chat`, where the next is not known yet.
+    foresight: float = 1.0
     scenes: ScenesData | None = None
 
 
@@ -352,6 +356,7 @@ def _validate(recipe, source):
         )
     if recipe.model.new is not None:
         need(recipe.model.new.vision is not None, "model.new.vision is needed: an open_clip vision_cfg or a folder")
+    need(0 <= recipe.data.foresight <= 1, f"data.foresight is {recipe.data.foresight}, expected a share from 0 to 1")
     if recipe.data.scenes is not None:
         _validate_scenes(recipe.data.scenes, need)
     if complaints:
@@ -360,6 +365,7 @@ def _validate(recipe, source):
 
 def _validate_scenes(scenes, need):
     """Ranges rise, weights are positive, the stretches of a curriculum follow each other."""
+    need(0 <= scenes.again <= 1, f"data.scenes.again is {scenes.again}, expected a share from 0 to 1")
     for where, part in [
         ("data.scenes", scenes),
         *((f"data.scenes.curriculum.{i}", s) for i, s in enumerate(scenes.curriculum)),

@@ -107,8 +107,9 @@ def build_dataset(recipe, processor):
     data = recipe.data
     if data.scenes is not None:
         steps, length = count_samples(recipe)
-        return ScenesDataset(data.scenes, processor, data.max_length, length, recipe.batch_size), steps
-    dataset = JsonDataset(data.json, data.images, processor, data.max_length, recipe.seed)
+        samples = ScenesDataset(data.scenes, processor, data.max_length, length, recipe.batch_size, data.foresight)
+        return samples, steps
+    dataset = JsonDataset(data.json, data.images, processor, data.max_length, recipe.seed, foresight=data.foresight)
     steps, dataset.length = count_samples(recipe, len(dataset.samples))
     return dataset, steps
 

@@ -2,7 +2,7 @@
 
 Every question is asked alone, as a user would. `python -m visualrwkv.scenes.accuracy MODEL --pictures N` prints the
 table of the embedded model's card; `--blind` shows a gray picture instead, which tells what the questions alone give
-away.
+away, and `--follow-up` asks each question second in a conversation, when the picture is only in the state.
 """
 
 import argparse
@@ -58,6 +58,42 @@ def evaluate_scenes(
     return {kind: (right[kind], total[kind]) for kind in KINDS}
 
 
+def evaluate_follow_ups(
+    model, processor, pictures, seed, look_again=False, objects=(1, 6), split="test", progress=None
+):
+    """Asks the short-answer questions of `evaluate_scenes` second in a conversation, behind another one about the same
+    picture that does not give the answer away.
+
+    Args:
+        look_again: show the picture once more with the second question; otherwise the state has to remember it.
+
+    Returns:
+        {kind: (right, asked)} for each of `KINDS`; questions without a fitting other one are left out.
+    """
+    from visualrwkv.chat import VisualRWKV
+
+    vlm = VisualRWKV(model, processor)
+    scenes = {}
+    for picture, question in _questions(pictures, seed, False, objects, split):
+        if question.kind != "describe":
+            scenes.setdefault(id(picture), (picture, []))[1].append(question)
+    pairs = []
+    for picture, asked in scenes.values():
+        for number, question in enumerate(asked):
+            others = asked[number + 1 :] + asked[:number]
+            pairs += [(picture, other, question) for other in others if other.fits(question)][:1]
+    right, total = Counter(), Counter()
+    for number, (picture, other, question) in enumerate(pairs, 1):
+        chat = vlm.chat()
+        chat.say(other.text, picture, max_new_tokens=16)
+        reply = chat.say(question.text, look_again=look_again, max_new_tokens=16)
+        total[question.kind] += 1
+        right[question.kind] += is_right(question.kind, question.answer, reply)
+        if progress:
+            progress(number, len(pairs))
+    return {kind: (right[kind], total[kind]) for kind in KINDS}
+
+
 def _questions(pictures, seed, blind, objects, split):
     from PIL import Image
 
@@ -103,6 +139,8 @@ def main(argv=None):
     parser.add_argument("--pictures", metavar="N", type=int, default=200)
     parser.add_argument("--seed", metavar="S", type=int, default=0)
     parser.add_argument("--blind", action="store_true", help="show a gray picture instead")
+    parser.add_argument("--follow-up", action="store_true", help="ask each question second in a conversation")
+    parser.add_argument("--look-again", action="store_true", help="and show the picture once more with it")
     parser.add_argument("--batch-size", metavar="B", type=int, default=64)
     parser.add_argument("--json", action="store_true", help="print counts and shares as one JSON object")
     arguments = parser.parse_args(argv)
@@ -110,13 +148,16 @@ def main(argv=None):
         for name in ("pictures", "batch_size"):
             if getattr(arguments, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: give a number from 1 up")
+        if arguments.follow_up and arguments.blind or arguments.look_again and not arguments.follow_up:
+            raise InputError("--look-again goes with --follow-up, and --blind with neither; leave one out")
         counts = _measure(arguments)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     result = shares(counts)
     if arguments.json:
-        print(json.dumps({"counts": counts, "shares": result, "blind": arguments.blind, "seed": arguments.seed}))
+        asked = {name: getattr(arguments, name) for name in ("blind", "follow_up", "look_again", "seed")}
+        print(json.dumps({"counts": counts, "shares": result} | asked))
         return 0
     for kind, share in result.items():
         of = f"{counts[kind][0]}/{counts[kind][1]}" if kind in counts else ""
@@ -136,15 +177,10 @@ def _measure(arguments):
             bar.total = total
             bar.update(done - bar.n)
 
-        return evaluate_scenes(
-            vlm.model,
-            vlm.processor,
-            arguments.pictures,
-            arguments.seed,
-            blind=arguments.blind,
-            batch_size=arguments.batch_size,
-            progress=progress,
-        )
+        what = (vlm.model, vlm.processor, arguments.pictures, arguments.seed)
+        if arguments.follow_up:
+            return evaluate_follow_ups(*what, look_again=arguments.look_again, progress=progress)
+        return evaluate_scenes(*what, blind=arguments.blind, batch_size=arguments.batch_size, progress=progress)
 
 
 if __name__ == "__main__":

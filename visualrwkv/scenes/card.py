@@ -2,7 +2,7 @@
 
 `python -m visualrwkv.scenes.card RUN OUT --pictures N` loads the folder RUN of the last stage, writes the model to OUT
 in float16, loads it from there again as a user would, and measures what is written on the card, with the picture and
-with a gray one in its place.
+with a gray one in its place, and by follow-up questions.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from datetime import date
 from pathlib import Path
 
 from visualrwkv.errors import InputError
-from visualrwkv.scenes.accuracy import evaluate_scenes, shares
+from visualrwkv.scenes.accuracy import evaluate_follow_ups, evaluate_scenes, shares
 
 _CARD = """---
 license: apache-2.0
@@ -38,14 +38,17 @@ went into it.
 ## Accuracy
 
 One question at a time about {pictures} unseen pictures of 1 to 6 objects (split `test`, seed {seed}), exact match;
-"blind" is the same with a gray picture. Measured on {day} by
+"blind" is the same with a gray picture. "Second" and "look again" are questions asked second in a conversation, from
+the state alone and with the picture shown once more. Measured on {day} by
 
 ```
-python -m visualrwkv.scenes.accuracy --pictures {pictures} --seed {seed}            # and with --blind
+python -m visualrwkv.scenes.accuracy --pictures {pictures} --seed {seed}
 ```
 
-| kind | right | blind | questions |
-| --- | --- | --- | --- |
+and the same with `--blind`, `--follow-up`, and `--follow-up --look-again`.
+
+| kind | right | blind | second | look again | questions |
+| --- | --- | --- | --- | --- | --- |
 {rows}
 """
 
@@ -70,12 +73,16 @@ def write_card(out, pictures, seed, trained, progress=None):
     seen, blind = (
         evaluate_scenes(model, vlm.processor, pictures, seed, blind=blind, progress=progress) for blind in (False, True)
     )
-    rows = []
-    blind_shares = shares(blind)
+    second, again = (
+        evaluate_follow_ups(model, vlm.processor, pictures, seed, look_again=look_again, progress=progress)
+        for look_again in (False, True)
+    )
+    rows, others = [], [shares(counts) for counts in (blind, second, again)]
     for kind, share in shares(seen).items():
         asked = seen[kind][1] if kind in seen else sum(seen[k][1] for k in seen if k != "describe")
         name = "all short-answer questions" if kind == "short" else kind
-        rows.append(f"| {name} | {share:.1%} | {blind_shares[kind]:.1%} | {asked} |")
+        told = [f"{other[kind]:.1%}" if kind in other else "" for other in others]
+        rows.append(f"| {name} | {share:.1%} | {' | '.join(told)} | {asked} |")
     text, vision = config.text_config, config.vision_config
     card = _CARD.format(
         version=text.version,
@@ -95,7 +102,14 @@ def write_card(out, pictures, seed, trained, progress=None):
         rows="\n".join(rows),
     )
     Path(out, "README.md").write_text(card, encoding="utf-8")
-    measured = {"seed": seed, "pictures": pictures, "counts": seen, "blind": blind}
+    measured = {
+        "seed": seed,
+        "pictures": pictures,
+        "counts": seen,
+        "blind": blind,
+        "second": second,
+        "look again": again,
+    }
     Path(out, "accuracy.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     return shares(seen)
 
