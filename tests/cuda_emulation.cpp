@@ -21,9 +21,9 @@ extern "C" {
 
 struct Call {
   int64_t batch, time, heads, size;
-  int64_t multiprocessors;  // decides how many segments there are
-  int64_t descending;       // the order of the threads
-  int64_t type, w_type;     // of r, k, v, y and their gradients; of w
+  int64_t multiprocessors;        // decides how many segments there are
+  int64_t descending;             // the order of the threads
+  int64_t type, kv_type, w_type;  // of r, y and their gradients; of k and v; of w
   void *r, *k, *v, *w;
   float *u, *state;
   void* y;
@@ -37,7 +37,7 @@ struct Call {
 static void set_problem(Problem<float>& p, const Call& c) {
   const auto rows = [&](void* data, int type) { return dense(data, type, c.time, c.heads, c.size); };
   p.batch = c.batch, p.time = c.time, p.heads = c.heads, p.size = c.size;
-  p.r = rows(c.r, c.type), p.k = rows(c.k, c.type), p.v = rows(c.v, c.type), p.w = rows(c.w, c.w_type);
+  p.r = rows(c.r, c.type), p.k = rows(c.k, c.kv_type), p.v = rows(c.v, c.kv_type), p.w = rows(c.w, c.w_type);
   p.u = c.u, p.state = c.state;
   emulation::descending = c.descending;
 }
@@ -65,7 +65,7 @@ const char* backward(const Call* c) {
   set_problem(p, *c);
   const auto rows = [&](void* data, int type) { return dense(data, type, c->time, c->heads, c->size); };
   p.dy = c->dy ? rows(c->dy, c->type) : Rows{};
-  p.dr = rows(c->dr, c->type), p.dk = rows(c->dk, c->type), p.dv = rows(c->dv, c->type), p.dw = rows(c->dw, c->w_type);
+  p.dr = rows(c->dr, c->type), p.dk = rows(c->dk, c->kv_type), p.dv = rows(c->dv, c->kv_type), p.dw = rows(c->dw, c->w_type);
   p.dfinal = c->dfinal, p.dstate = c->dstate;
   p.plan = cuda::make_plan(p, p.dy, c->multiprocessors);
   const int64_t square = c->size * c->size, segments = p.plan.matrices * p.plan.segments;

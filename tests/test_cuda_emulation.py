@@ -22,7 +22,7 @@ COMPILER = shutil.which(os.environ.get("CXX", "c++").split()[0])
 pytestmark = pytest.mark.skipif(not COMPILER or sys.platform != "linux", reason="needs Linux and a C++ compiler")
 
 TYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # enum Type of csrc/wkv6_problem.h
-INTEGERS = ("batch", "time", "heads", "size", "multiprocessors", "descending", "type", "w_type")
+INTEGERS = ("batch", "time", "heads", "size", "multiprocessors", "descending", "type", "kv_type", "w_type")
 POINTERS = ("r", "k", "v", "w", "u", "state", "y", "final_state", "dy", "dfinal")
 GRADIENTS = ("dr", "dk", "dv", "dw", "du", "dstate")
 
@@ -58,7 +58,7 @@ def emulate(library, inputs, gy=None, gs=None, multiprocessors=1, descending=Fal
     tensors |= {name: torch.full_like(x, torch.nan) for name, x in nan.items()}
     tensors |= {name: torch.full((batch, heads, size, size), torch.nan) for name in ("final_state", "dstate")}
     call = Call(
-        *(batch, time, heads, size, multiprocessors, descending, TYPES[r.dtype], TYPES[w.dtype]),
+        *(batch, time, heads, size, multiprocessors, descending, TYPES[r.dtype], TYPES[k.dtype], TYPES[w.dtype]),
         *(None if tensors[name] is None else tensors[name].data_ptr() for name in POINTERS + GRADIENTS),
     )
     assert library.forward(call) is None
@@ -157,19 +157,20 @@ def test_padding_leaves_the_state_untouched(library, time, dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "w_dtype", "time", "multiprocessors"),
+    ("dtype", "single", "time", "multiprocessors"),
     [
-        (torch.bfloat16, torch.bfloat16, 50, 1),
-        (torch.float16, torch.float16, 50, 1),
-        (torch.bfloat16, torch.float32, 50, 1),  # as under autocast
-        (torch.float16, torch.float16, 150, 1),  # several spans of a segment
-        (torch.bfloat16, torch.bfloat16, 270, 8),  # several segments
+        (torch.bfloat16, "", 50, 1),
+        (torch.float16, "", 50, 1),
+        (torch.float16, "r", 50, 1),  # as the model asks in float16
+        (torch.bfloat16, "w", 50, 1),  # as under autocast
+        (torch.float16, "", 150, 1),  # several spans of a segment
+        (torch.bfloat16, "", 270, 8),  # several segments
     ],
 )
-def test_low_precision_is_within_twice_the_naive_recurrence(library, dtype, w_dtype, time, multiprocessors):
+def test_low_precision_is_within_twice_the_naive_recurrence(library, dtype, single, time, multiprocessors):
     """The naive recurrence reads 16 bits and computes in float32: all of its error comes from rounding the results."""
     inputs = sample(1, time, 1, 32, mean=-3.0, dtype=dtype)
-    inputs[3] = inputs[3].to(w_dtype)
+    inputs[:4] = [x.float() if name in single else x for name, x in zip("rkvw", inputs, strict=False)]
     inputs[4:] = [x.float() for x in inputs[4:]]
     gy, gs = torch.randn_like(inputs[0]), torch.randn_like(inputs[5])
     exact = in_double(wkv6_reference, inputs, gy, gs)
@@ -177,7 +178,7 @@ def test_low_precision_is_within_twice_the_naive_recurrence(library, dtype, w_dt
     results = emulate(library, inputs, gy, gs, multiprocessors=multiprocessors)
     for name, value, rough, wanted in zip(NAMES, results, naive, exact, strict=True):
         assert value.dtype == rough.dtype, name
-        bound = 1e-5 if name == "w" and w_dtype == torch.float32 else 2e-6
+        bound = 1e-5 if name in single else 2e-6
         assert error(value, wanted) <= max(2 * error(rough, wanted), bound), name
 
 

@@ -78,7 +78,7 @@ class ScenesData:
     sign_probability: float = 0.35
     zoom: tuple[float, float] | None = None  # of a single object show a cut-out, so many times its box
     relations: list[str] = field(default_factory=lambda: ["left", "right", "above", "below"])  # that are asked about
-    bases: list[str] | None = None  # kinds that a multiple-choice question may be made of; None is all of them
+    bases: list[str] | None = None  # kinds that a choice is made of, each as often as given; None is all of them
     options: list[int] | None = None  # how many options it may have, each as often as given; None is 2 to 5
     chinese: float = 0.25  # share of Chinese questions
     vary: float = 0.5  # share of questions in another wording than the usual one

@@ -66,7 +66,7 @@ def ask(scene, rng, kind, language="en", *, vary=0.5, short_line=0.5, bases=SHOR
         language: "en" or "zh".
         vary: share of questions in another wording than the usual one.
         short_line: share of English short-answer questions that end with the line asking for a word or phrase.
-        bases: the kinds that a "choice" may be made of (a tuple).
+        bases: the kinds that a "choice" may be made of (a tuple), each tried first as often as it is given.
         options: numbers of options that a "choice" may have, each as often as it is given.
         accept: a function of an object with ``facts`` and ``asks``; only questions that it accepts are asked.
     """
