@@ -153,3 +153,17 @@ def test_the_tiny_tower_starts_knowing_its_places():
     for patch in range(64):
         down, across = nearest[patch] // 8 - patch // 8, nearest[patch] % 8 - patch % 8
         assert abs(down) + abs(across) == 1
+
+
+def test_norms_of_the_tiny_tower_are_folded_where_nothing_learns():
+    tower = VisionTower(describe_tower({"image_size": 128, "timm_model_name": "visualrwkv_tiny_convstem"}, 64))
+    pixels = torch.randn(4, 3, 128, 128)
+    for _ in range(2):  # the second time the norms have seen other numbers
+        tower.train()(torch.randn(4, 3, 128, 128) * 2 + 1)
+        tower.eval()
+        with torch.no_grad():
+            folded = tower(pixels)
+        assert error(folded, tower(pixels).detach()) < 1e-5
+        with torch.no_grad():
+            tower.train()
+            assert error(folded, tower(pixels)) > 1e-3
