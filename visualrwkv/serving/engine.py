@@ -51,9 +51,9 @@ class Reply:
         self._text = ReplyText(tokenizer, self.sampling.stop)
         self._choice = None if self.sampling.plain else TokenChoice(self.sampling, device)
 
-    def choose(self, scores: Tensor, row: int, likeliest: int) -> int:
-        """The next token for row `row` of scores (rows, V)."""
-        return likeliest if self._choice is None else int(self._choice(scores[row]))
+    def choose(self, scores: Tensor, likeliest: int) -> int:
+        """The next token for scores (V,)."""
+        return likeliest if self._choice is None else int(self._choice(scores))
 
     def take(self, token: int) -> bool:
         """Tell the text that the token makes certain; returns whether more is to come."""
@@ -205,7 +205,7 @@ class Engine:
         stay = [True] * first
         likeliest = scores.argmax(-1).tolist()
         for row, reply in enumerate(self._running[first:]):
-            token = reply.choose(scores, row, likeliest[row])
+            token = reply.choose(scores[row], likeliest[row])
             self._last[first + row] = token
             stay.append(reply.take(token))
         self._told()
