@@ -200,15 +200,10 @@ class Answerer:
     def _ask(self, rows, features):
         import torch
 
-        from visualrwkv.streaming import ReplyText
-
-        tokenizer = self.vlm.processor.tokenizer
-        inputs = dict(tokenizer.pad({"input_ids": rows}, return_tensors="pt"))
+        inputs = dict(self.vlm.processor.tokenizer.pad({"input_ids": rows}, return_tensors="pt"))
         if features:
             inputs["image_features"] = torch.cat(features)
-        output = self.vlm.generate(inputs, self.sampling)
-        replies = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
-        return [ReplyText.whole(tokenizer, reply) for reply in replies]
+        return self.vlm.answers(inputs, self.sampling)
 
 
 def prompt_text(question, position):

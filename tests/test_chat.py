@@ -1,7 +1,5 @@
 """ask and stream: one way to an answer, whatever the door."""
 
-import threading
-
 import numpy as np
 import pytest
 import torch
@@ -40,16 +38,21 @@ def test_stream_equals_ask(vlm, pictures):
         assert len(pieces) > 1
 
 
-def test_leaving_a_stream_ends_its_thread(vlm, pictures):
-    before = threading.active_count()
+def test_a_stream_computes_nothing_that_nobody_asks_for(vlm, pictures, monkeypatch):
+    calls, forward = [], vlm.model.forward
+    monkeypatch.setattr(vlm.model, "forward", lambda **inputs: calls.append(inputs) or forward(**inputs))
     stream = vlm.stream(pictures[0], "What?", max_new_tokens=400)
+    assert not calls
     next(stream)
+    before = len(calls)
+    assert before < 20
+    next(stream)
+    assert before < len(calls) < before + 20
     stream.close()
-    assert threading.active_count() == before
 
 
 def test_an_error_while_streaming_reaches_the_reader(vlm, pictures, monkeypatch):
-    monkeypatch.setattr(vlm.model, "generate", lambda **_: 1 / 0)
+    monkeypatch.setattr(vlm.model, "forward", lambda **_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(vlm.stream(pictures[0], "What?"))
 

@@ -31,7 +31,7 @@ LAYERS = [
         "scenes",
     ],
     ["inference", "vision", "processing", "streaming", "checkpoint_layout", "sampling", "saved_chat"],
-    ["rwkv"],
+    ["rwkv", "decoding"],
     ["modeling", "session"],
     ["checkpoints", "chat", "registration"],
     ["loading", "info", "terminal", "serving"],

@@ -25,7 +25,6 @@ from visualrwkv.prompt import Turn
 from visualrwkv.sampling import Sampling
 from visualrwkv.serving import app, engine, requests
 from visualrwkv.serving.pictures import RecentPictures
-from visualrwkv.streaming import ReplyText
 
 QUESTIONS = ["What is the colour?", "What?", "What is it, 在哪里?", "How many objects do you see in the picture?"]
 NEVER = {"temperature": 1.0, "seed": 0}  # a random model rarely ends a reply of its own
@@ -117,10 +116,7 @@ def test_several_turns_and_pictures_are_read_through_the_prompt_builder(client, 
     ]
     turns = [Turn("user", "What?", 1), Turn("assistant", "red"), Turn("user", "And these?", 2)]
     inputs = vlm.processor.prepare([pictures[:3]], [turns])
-    output = vlm.generate(inputs, Sampling(max_new_tokens=12))
-    reply = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-    answer = complete(client, *messages)
-    assert text_of(answer) == ReplyText.whole(vlm.processor.tokenizer, reply)
+    assert [text_of(complete(client, *messages))] == vlm.answers(inputs, Sampling(max_new_tokens=12))
 
 
 def test_a_stream_is_the_same_answer_in_pieces(client, server, vlm, pictures):
@@ -324,9 +320,9 @@ def open_stream(address, body):
 
 @contextmanager
 def replies_never_end(monkeypatch):
-    """Replies go on until their limit, whatever the model writes: for tests of clients that leave."""
+    """Replies go on for good, whatever the model writes: for tests of clients that leave."""
     with monkeypatch.context() as patch:
-        patch.setattr(engine.Reply, "take", lambda self, token: self.tell("x", None) or True)
+        patch.setattr(engine.ServedReply, "take", lambda self, token: self.tokens.append(token) or "x")
         yield
 
 
@@ -370,7 +366,7 @@ def test_answers_do_not_wait_for_the_confirmation_of_their_headers():
 def test_a_failing_reply_is_reported_and_the_next_one_works(server, client, vlm, monkeypatch, capsys):
     no_numbers = torch.nn.Parameter(torch.full_like(vlm.model.rwkv.head.weight, torch.nan))
     for damage, error in (
-        (lambda patch: patch.setattr(engine.Reply, "choose", lambda *_: 1 / 0), "ZeroDivisionError"),
+        (lambda patch: patch.setattr(engine.ServedReply, "choose", lambda *_: 1 / 0), "ZeroDivisionError"),
         (lambda patch: patch.setitem(vlm.model.rwkv.head._parameters, "weight", no_numbers), "NaN"),
     ):
         with monkeypatch.context() as patch:
@@ -466,7 +462,8 @@ def test_replies_leave_and_join_without_touching_each_other(vlm):
     def reply(name, text, count):
         ids, _ = vlm.processor.encode_turns([Turn("user", text)], open_reply=True)
         told[name] = []
-        return engine.Reply(ids, [], Sampling(max_new_tokens=count), lambda *event: told[name].append(event))
+        sampling, tokenizer = Sampling(max_new_tokens=count), vlm.processor.tokenizer
+        return engine.ServedReply(tokenizer, sampling, ids, [], lambda *event: told[name].append(event))
 
     line = engine.Engine(vlm, slots=2)
     replies = [reply(number, "What? " * (number + 1), 5 + 7 * number) for number in range(5)]
@@ -496,7 +493,8 @@ def test_pictures_seen_lately_are_not_encoded_again(vlm, pictures, picture_file,
         ids, _ = vlm.processor.encode_turns(asked.turns, open_reply=True)
         read = requests.read_pictures(asked, vlm.processor, requests.Limits(), line.recent)
         told.clear()
-        line.submit(engine.Reply(ids, read, asked.sampling, lambda *event: told.append(event)))
+        tokenizer = vlm.processor.tokenizer
+        line.submit(engine.ServedReply(tokenizer, asked.sampling, ids, read, lambda *event: told.append(event)))
         wait_until(lambda: told and told[-1][1])
         return "".join(text for text, _ in told), read
 

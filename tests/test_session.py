@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import visualrwkv
 from visualrwkv import InputError, saved_chat
+from visualrwkv.decoding import Decoder
 from visualrwkv.prompt import Turn
 from visualrwkv.session import UNDO_LIMIT, unread_end
 from visualrwkv.tokenization import Vocabulary
@@ -20,15 +21,15 @@ SHORT = {"max_new_tokens": 12}
 QUESTIONS = ["What is the colour?", "What?", "What is it, 在哪里?", "How many objects do you see in the picture?"]
 
 
-def record_inputs(vlm, monkeypatch):
-    """Collect the ids that each generate call reads."""
-    seen, generate = [], vlm.model.generate
+def record_inputs(monkeypatch):
+    """Collect the ids that each turn reads."""
+    seen, read = [], Decoder.read
 
-    def spy(**inputs):
+    def spy(self, replies, inputs, state=None):
         seen.append(inputs["input_ids"].tolist()[0])
-        return generate(**inputs)
+        return read(self, replies, inputs, state)
 
-    monkeypatch.setattr(vlm.model, "generate", spy)
+    monkeypatch.setattr(Decoder, "read", spy)
     return seen
 
 
@@ -37,7 +38,7 @@ def test_the_first_turn_of_a_chat_is_ask(vlm, pictures):
 
 
 def test_a_turn_reads_only_itself_and_the_state_is_as_if_all_was_read(vlm, pictures, monkeypatch):
-    fed = record_inputs(vlm, monkeypatch)
+    fed = record_inputs(monkeypatch)
     chat = vlm.chat()
     shown = [[pictures[0]], [], [pictures[1], pictures[2]], []]
     sizes = []
@@ -227,7 +228,7 @@ def test_looking_again_equals_a_prompt_written_by_hand(vlm, pictures, monkeypatc
     before = chat._now
     encoded, encode = [], vlm.model.get_image_features
     monkeypatch.setattr(vlm.model, "get_image_features", lambda pixels: encoded.append(pixels) or encode(pixels))
-    seen = record_inputs(vlm, monkeypatch)
+    seen = record_inputs(monkeypatch)
     for images, shown in (([], pictures[:2]), ([pictures[2]], [*pictures[:2], pictures[2]])):
         other, encoded[:], seen[:] = chat.fork(), [], []
         other.say("Colour?", images, look_again=True, max_new_tokens=1)
@@ -325,12 +326,43 @@ def test_ctrl_c_leaves_a_conversation_usable(vlm, pictures, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(vlm.model, "generate", interrupted)
+        patch.setattr(vlm.model, "forward", interrupted)
         for call in (lambda: chat.say("Why?"), lambda: list(chat.stream("Why?"))):
             with pytest.raises(KeyboardInterrupt):
                 call()
     assert same(chat, copy)
     assert chat.say("Why?", **SHORT) == copy.say("Why?", **SHORT)
+
+
+def test_ctrl_c_within_a_token_keeps_what_was_said(vlm, pictures, monkeypatch):
+    chat, said, forward = vlm.chat(), [], vlm.model.forward
+    chat.say("What?", pictures[0], **SHORT)
+    before, calls = chat.fork(), []
+
+    def interrupted(**inputs):
+        calls.append(inputs)
+        output = forward(**inputs)
+        if len(calls) == 6:  # the state has read the token, and nobody was told
+            raise KeyboardInterrupt
+        return output
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vlm.model, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            for piece in chat.stream("Why?", max_new_tokens=40):
+                said.append(piece)
+    reply = chat.transcript[-1]["text"]
+    assert said and reply.startswith("".join(said)) and chat.stats.finish == "cancelled"
+    assert 0 < chat.stats.first_token_s <= chat.stats.total_s
+    # the next turn reads the reply behind the prompt, as it does behind a stop string
+    tokenizer = vlm.processor.tokenizer
+    assert tokenizer.decode_bytes(chat._now.unread).decode() == f" {reply}\n\n"
+    ids, _ = vlm.processor.encode_turns([*before._now.turns, Turn("user", "Why?")], open_reply=True, start=2)
+    with torch.no_grad():
+        state = forward(torch.tensor([[*before._now.unread, *ids]]), cache=before._now.state.clone()).cache
+    assert chat.tokens_read == state.seen
+    for ours, expected in zip(chat._now.state.layers, state.layers, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
 def test_a_saved_conversation_goes_on_with_its_pictures_and_seeds(vlm, pictures, tmp_path):

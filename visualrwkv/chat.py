@@ -1,22 +1,21 @@
 """Asking about pictures: one question, a batch, a stream of words; and the door to conversations.
 
-Everything goes through the model's own `generate` and the one prompt builder. This file adds what a user should not
-have to think about: opening pictures and stopping at the end of a reply. Conversations are in `session.py`.
+Everything goes through the one prompt builder and the one loop of `decoding.py`. This file adds what a user should not
+have to think about: opening pictures and putting questions into batches. Conversations are in `session.py`.
 """
 
 import os
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 
 import torch
 
+from visualrwkv.decoding import Decoder, Reply
 from visualrwkv.errors import InputError
 from visualrwkv.image_processing import open_pictures
 from visualrwkv.prompt import Turn, check_question
-from visualrwkv.sampling import CheckedScores, ChosenTokens, Sampling
+from visualrwkv.sampling import Sampling
 from visualrwkv.session import ChatSession
-from visualrwkv.streaming import ReplyJob, ReplyText, StopAtStrings, StopAtTurnEnd
 
 
 class VisualRWKV:
@@ -64,11 +63,8 @@ class VisualRWKV:
             pictures = [image] * len(questions)
         if len(pictures) != len(questions):
             raise InputError(f"{len(pictures)} pictures for {len(questions)} questions; pass one for each")
-        inputs = self._prepare(pictures, questions)
         options = Sampling.of(sampling)
-        output = self.generate(inputs, options)
-        replies = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
-        answers = [ReplyText.whole(self.processor.tokenizer, reply, options.stop) for reply in replies]
+        answers = self.answers(self._prepare(pictures, questions), options)
         return answers[0] if single else answers
 
     def stream(self, image, question: str, **sampling) -> Iterator[str]:
@@ -78,40 +74,25 @@ class VisualRWKV:
         """
         if not isinstance(question, str):
             raise InputError("stream answers one question at a time; use ask for a list")
-        options, inputs = Sampling.of(sampling), self._prepare([image], [question])
-        job = ReplyJob(partial(self.generate, inputs, options), self.processor.tokenizer, options.stop)
-        return job.pieces()
+        reply = Reply(self.processor.tokenizer, Sampling.of(sampling))
+        return Decoder(self.model).stream(reply, self._prepare([image], [question]))
 
-    def generate(self, inputs, sampling, state=None, streamer=None, stop=None):
-        """One call of the model's `generate`.
+    def answers(self, inputs: Mapping[str, torch.Tensor], sampling: Sampling) -> list[str]:
+        """Replies to a batch of prompts.
 
         Args:
-            inputs: what the processor made, on any device.
+            inputs: what the processor made, or with `image_features` in place of the pixels; on any device.
             sampling: a `Sampling`.
-            state: `RWKVState` to continue from; it is moved forward.
-            streamer: receives the tokens as they come.
-            stop: further stopping criterion.
-
-        Returns:
-            transformers' output with `sequences` (prompt and reply) and `cache`, which has not read the
-            last token of the reply.
 
         Raises:
             InputError: the model's scores are no numbers.
         """
-        device, tokenizer = self.model.device, self.processor.tokenizer
-        inputs = {name: value.to(device) for name, value in inputs.items()}
-        rows, length = inputs["input_ids"].shape
-        choice = [] if sampling.plain else [ChosenTokens(sampling, rows, device)]
-        end = StopAtStrings(tokenizer, length, sampling.stop) if sampling.stop else StopAtTurnEnd(tokenizer, length)
-        return self.model.generate(
-            **inputs,
-            cache=state,
-            generation_config=sampling.config(self.model.config.image_token_id),
-            logits_processor=[CheckedScores(), *choice],
-            stopping_criteria=[end, stop] if stop else [end],
-            streamer=streamer,
-        )
+        replies = [Reply(self.processor.tokenizer, sampling) for _ in inputs["input_ids"]]
+        decoder = Decoder(self.model)
+        decoder.read(replies, inputs)
+        while decoder.advance():
+            pass
+        return [reply.text for reply in replies]
 
     def fingerprint(self) -> str:
         """Hash of the architecture and of up to 64 values of every tensor: tells two models apart, at any dtype."""

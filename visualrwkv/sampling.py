@@ -4,14 +4,13 @@ The choice of every reply is its own `TokenChoice` with random numbers of its ow
 alone, in a batch, streamed, beside other threads and from the server.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation import GenerationConfig, LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
 from visualrwkv.errors import InputError
 
@@ -87,17 +86,6 @@ class Sampling:
         """Whether each token is the likeliest one, so that no `TokenChoice` is needed."""
         return not (self.temperature or self.presence_penalty or self.frequency_penalty)
 
-    def config(self, image_token_id: int) -> GenerationConfig:
-        """For transformers' generate, which may never write the picture placeholder. Chance is `ChosenTokens`' part."""
-        return GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            pad_token_id=0,
-            eos_token_id=0,
-            suppress_tokens=[image_token_id],
-            return_dict_in_generate=True,
-            do_sample=False,
-        )
-
 
 class TokenChoice:
     """Chooses the tokens of one reply, one after the other.
@@ -152,29 +140,3 @@ def check_scores(scores: Tensor) -> None:
             "the model computes no numbers (NaN): its weights are damaged, or too large for the dtype; "
             "load it with dtype float32, or from another file"
         )
-
-
-class CheckedScores(LogitsProcessor):
-    """`check_scores` of the first token in transformers' generate; what is no number stays in the state for good."""
-
-    def __init__(self):
-        self._checked = False
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if not self._checked:
-            check_scores(scores)
-            self._checked = True
-        return scores
-
-
-class ChosenTokens(LogitsProcessor):
-    """Lets every row of a batch follow its own `TokenChoice` in transformers' generate: the chosen token alone keeps a
-    score."""
-
-    def __init__(self, sampling: Sampling, batch_size: int, device: torch.device | str):
-        self._choices = [TokenChoice(sampling, device) for _ in range(batch_size)]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores (B, V) -> (B, V), 0 at the chosen tokens and -inf elsewhere."""
-        tokens = torch.stack([choose(row) for choose, row in zip(self._choices, scores, strict=True)])
-        return torch.full_like(scores, -math.inf).scatter(1, tokens[:, None], 0)

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
+from visualrwkv.decoding import Decoder, Reply
 from visualrwkv.errors import InputError
 from visualrwkv.image_processing import open_pictures
 from visualrwkv.prompt import TURN_END, Turn, check_question
 from visualrwkv.sampling import Sampling
 from visualrwkv.saved_chat import Moment, read_chat, write_chat
-from visualrwkv.streaming import ReplyJob, ReplyText, ReplyWatch
 from visualrwkv.tokenization import Vocabulary
 
 UNDO_LIMIT = 4  # turns that can be taken back: so many earlier states are kept
@@ -35,7 +35,7 @@ class ReplyStats:
         prompt_tokens: positions read for this turn, image positions and the unread end of the last reply included.
         reply_tokens: tokens the model wrote, the end of the turn included.
         first_token_s: seconds from the call to the first token; encoding the pictures is part of it.
-        total_s: seconds from the call to the end.
+        total_s: seconds of work on the turn; the time that the reader of a stream takes between two pieces is none.
         finish: "stop" (the model ended its turn, or wrote a stop string), "length" (`max_new_tokens` cut it) or
             "cancelled" (the reader of a stream left).
     """
@@ -95,25 +95,32 @@ class ChatSession:
             InputError: as for `VisualRWKV.ask`, or there is no picture to look at again; the conversation is then as
                 before, as it is after Ctrl-C.
         """
-        asked, options, watch = self._check(text, images, look_again), Sampling.of(sampling), ReplyWatch()
+        asked, options = self._check(text, images, look_again), Sampling.of(sampling)
         with self._alone():
             turn = _TurnUnderWay(self._vlm, self._now, *asked, options)
-            return self._commit(turn, turn.generate(stop=watch), watch)
+            for _ in turn.pieces():
+                pass
+            return self._commit(turn)
 
     def stream(self, text: str, images: Any = None, look_again: bool = False, **sampling) -> Iterator[str]:
-        """Like `say`, piece by piece. Leaving early keeps what was said until then as the reply."""
+        """Like `say`, piece by piece. Leaving early, or Ctrl-C behind the first token, keeps what was said until then
+        as the reply."""
         asked, options = self._check(text, images, look_again), Sampling.of(sampling)
         return self._stream(asked, options)
 
     def _stream(self, asked, options):
         with self._alone():
             turn = _TurnUnderWay(self._vlm, self._now, *asked, options)
-            job = ReplyJob(turn.generate, self._vlm.processor.tokenizer, options.stop)
             try:
-                yield from job.pieces()
-            finally:
-                if job.output is not None:
-                    self._commit(turn, job.output, job.watch)
+                yield from turn.pieces()
+            except GeneratorExit:
+                self._commit(turn)
+                raise
+            except KeyboardInterrupt:
+                if turn.reply.tokens:
+                    self._commit(turn, state_is_certain=False)
+                raise
+            self._commit(turn)
 
     def fork(self) -> "ChatSession":
         """A second conversation with the same past; neither hears what the other says from here on."""
@@ -176,12 +183,12 @@ class ChatSession:
             raise InputError("there is no picture to look at again; pass images in this turn")
         return check_question(text), open_pictures(images), bool(look_again)
 
-    def _commit(self, turn, output, watch):
+    def _commit(self, turn, state_is_certain=True):
         """Take over what the reply led to; returns the reply."""
-        now, text, self.stats = turn.outcome(output, watch)
+        now, self.stats = turn.outcome(state_is_certain)
         self._past.append(self._now)
         self._now = now
-        return text
+        return turn.reply.text
 
 
 class _TurnUnderWay:
@@ -189,73 +196,69 @@ class _TurnUnderWay:
 
     def __init__(self, vlm, before: Moment, text: str, pictures: list, look_again: bool, sampling: Sampling):
         self._started = time.perf_counter()
-        self._vlm, self._before, self._sampling = vlm, before, sampling
+        self._vlm, self._before = vlm, before
         fresh = None
         if pictures:
             pixels = vlm.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
             with torch.no_grad():
                 fresh = vlm.model.get_image_features(pixels.to(vlm.model.device))
         shown = [features for features in (before.features if look_again else None, fresh) if features is not None]
-        self._features = torch.cat(shown) if shown else None  # (n, num_image_tokens, D)
         self._kept = before.features if fresh is None else fresh
         self._turn = Turn("user", text, images=sum(map(len, shown)))
         # the unread end of the last reply, then this turn alone
         ids, _ = vlm.processor.encode_turns([*before.turns, self._turn], open_reply=True, start=len(before.turns))
-        self._ids = torch.tensor([[*before.unread, *ids]])
+        self._inputs = {"input_ids": torch.tensor([[*before.unread, *ids]])}
+        if shown:
+            self._inputs["image_features"] = torch.cat(shown)  # (n, num_image_tokens, D)
+        self._decoder, self.reply = Decoder(vlm.model), Reply(vlm.processor.tokenizer, sampling)
+        self._seconds = time.perf_counter() - self._started  # of work
 
-    def generate(self, **options):
-        """Let the model reply; returns what `VisualRWKV.generate` does, with `cache.seen` of the whole talk."""
-        output = self._vlm.generate(self._inputs(), self._sampling, state=self._state(), **options)
-        output.cache.seen += self._seen
-        return output
+    def pieces(self) -> Iterator[str]:
+        """Let the model reply, piece by piece."""
+        pieces = self._decoder.stream(self.reply, self._inputs, self._state())
+        while True:
+            resumed = time.perf_counter()
+            try:
+                piece = next(pieces, None)
+            finally:
+                self._seconds += time.perf_counter() - resumed
+            if piece is None:
+                return
+            yield piece
 
-    def outcome(self, output, watch: ReplyWatch) -> tuple[Moment, str, ReplyStats]:
-        """The moment behind the reply, its text and its numbers."""
-        tokenizer = self._vlm.processor.tokenizer
-        ids = output.sequences[0, self._ids.shape[1] :].tolist()
-        reply = ReplyText(tokenizer, self._sampling.stop)
-        text = reply.add(ids)
-        ended = reply.end is not None or ids[-1] == tokenizer.eos_token_id
-        text += reply.close()
-        state, unread = output.cache, unread_end(tokenizer.vocabulary, ids)
-        if reply.end not in (None, TURN_END):
-            # the state has read the stop string and what came with it: go back to the prompt, and let the next turn
-            # read the reply without it
+    def outcome(self, state_is_certain: bool) -> tuple[Moment, ReplyStats]:
+        """The moment behind the reply and the reply's numbers; a reply that is not complete ends here.
+
+        Args:
+            state_is_certain: False if the state may or may not have read the last token but one.
+        """
+        reply, tokenizer = self.reply, self._vlm.processor.tokenizer
+        if reply.finish is None:
+            reply.close("cancelled")
+        state, unread = self._decoder.state, unread_end(tokenizer.vocabulary, reply.tokens)
+        if reply.end not in (None, TURN_END) or not state_is_certain:
+            # what the state has read beyond the reply, such as a stop string, is no part of the talk: go back to the
+            # prompt, and let the next turn read the reply
             state = self._read_prompt()
-            unread = tokenizer.encode_text((f" {text}" if text else "") + TURN_END)
-        done = time.perf_counter()
+            unread = tokenizer.encode_text((f" {reply.text}" if reply.text else "") + TURN_END)
         stats = ReplyStats(
-            prompt_tokens=self._ids.shape[1],
-            reply_tokens=len(ids),
-            first_token_s=(watch.first_token_at or done) - self._started,
-            total_s=done - self._started,
-            finish="stop" if ended else "cancelled" if watch.unwanted.is_set() else "length",
+            prompt_tokens=self._inputs["input_ids"].shape[1],
+            reply_tokens=len(reply.tokens),
+            first_token_s=reply.first_token_at - self._started,
+            total_s=self._seconds,
+            finish=reply.finish,
         )
-        turns = (*self._before.turns, self._turn, Turn("assistant", text))
-        return Moment(turns, state, tuple(unread), self._kept), text, stats
-
-    def _inputs(self):
-        inputs = {"input_ids": self._ids, "attention_mask": torch.ones_like(self._ids)}
-        return inputs if self._features is None else inputs | {"image_features": self._features}
-
-    @property
-    def _seen(self):
-        return self._before.state.seen if self._before.state else 0
+        turns = (*self._before.turns, self._turn, Turn("assistant", reply.text))
+        return Moment(turns, state, tuple(unread), self._kept), stats
 
     def _state(self):
-        """A copy to move. It counts from 0: `generate` would otherwise carry a mask as long as the whole talk."""
-        if self._before.state is None:
-            return None
-        state = self._before.state.clone()
-        state.seen = 0
-        return state
+        """A copy to move."""
+        return self._before.state.clone() if self._before.state else None
 
     def _read_prompt(self):
         with torch.no_grad():
-            inputs = {name: value.to(self._vlm.model.device) for name, value in self._inputs().items()}
-            state = self._vlm.model(**inputs, cache=self._state(), logits_to_keep=1).cache
-        state.seen += self._seen
-        return state
+            inputs = {name: value.to(self._vlm.model.device) for name, value in self._inputs.items()}
+            return self._vlm.model(**inputs, cache=self._state(), logits_to_keep=1).cache
 
 
 def unread_end(vocabulary: Vocabulary, reply: list[int]) -> list[int]:

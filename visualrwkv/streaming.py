@@ -2,16 +2,13 @@
 
 Tokens are bytes, so one may end inside a character, and a reply ends at the first empty line, which may lie inside a
 token or between two. `ReplyText` takes care of both and of stop strings; the blocking and the streaming way go through
-it, hence agree.
+it, hence agree. `Utf8Streamer` and `StopAtTurnEnd` bring the same to transformers' own `generate`.
 """
 
 import codecs
 import queue
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from typing import Any
 
 import torch
 from transformers.generation.stopping_criteria import StoppingCriteria
@@ -181,76 +178,3 @@ class StopAtTurnEnd(StoppingCriteria):
         if fresh.shape[1] == 2:
             done = done | (ends[fresh[:, 0]] & begins[fresh[:, 1]])
         return done
-
-
-class StopAtStrings(StoppingCriteria):
-    """Stops each row as soon as its generated text holds an empty line or one of the stop strings.
-
-    Args:
-        tokenizer: the tokenizer of the model.
-        prompt_length: number of ids in front of the generated ones.
-        stop: the strings.
-    """
-
-    def __init__(self, tokenizer: RWKVWorldTokenizer, prompt_length: int, stop: Iterable[str]):
-        self._new_reply = lambda: ReplyText(tokenizer, stop)
-        self._read = prompt_length
-        self._replies: list[ReplyText] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
-        """Take ids (B, T), the same rows as before, and return which are complete, bool (B,)."""
-        self._replies = self._replies or [self._new_reply() for _ in input_ids]
-        for reply, fresh in zip(self._replies, input_ids[:, self._read :].tolist(), strict=True):
-            reply.add(fresh)
-        self._read = input_ids.shape[1]
-        return torch.tensor([reply.finished for reply in self._replies], device=input_ids.device)
-
-
-class ReplyWatch(StoppingCriteria):
-    """Notes when the first token came, and ends a reply that nobody waits for any more."""
-
-    def __init__(self):
-        self.unwanted = threading.Event()
-        self.first_token_at: float | None = None  # time.perf_counter()
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
-        if self.first_token_at is None:
-            self.first_token_at = time.perf_counter()
-        return torch.full((input_ids.shape[0],), self.unwanted.is_set(), device=input_ids.device)
-
-
-class ReplyJob:
-    """One reply under way in a thread of its own, since transformers pushes tokens and callers want to pull them.
-
-    Args:
-        generate: starts the model; called once, with `streamer` and `stop` (a `ReplyWatch`) by name.
-        tokenizer: the tokenizer of the model.
-        stop: strings that end the reply.
-
-    Attributes:
-        output: what `generate` returned; stays None when it failed.
-        watch: the `ReplyWatch`.
-    """
-
-    def __init__(self, generate: Callable[..., Any], tokenizer: RWKVWorldTokenizer, stop: Iterable[str] = ()):
-        self.output = None
-        self.watch = ReplyWatch()
-        self._generate = generate
-        self._streamer = Utf8Streamer(tokenizer, stop=stop)
-
-    def pieces(self) -> Iterator[str]:
-        """Text as soon as it is certain. Closing the iterator stops the reply after the token it is at."""
-
-        def work():
-            try:
-                self.output = self._generate(streamer=self._streamer, stop=self.watch)
-            except BaseException as error:  # raised again in the thread that waits for the text
-                self._streamer.fail(error)
-
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        try:
-            yield from self._streamer
-        finally:
-            self.watch.unwanted.set()
-            thread.join()

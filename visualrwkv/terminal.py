@@ -102,6 +102,7 @@ class _Conversation:
         return True
 
     def _say(self, text: str, look_again: bool = False) -> None:
+        turns = len(self._session.transcript)
         reply = self._session.stream(text, self._pictures, look_again, **self._sampling)
         try:
             for piece in reply:
@@ -113,8 +114,9 @@ class _Conversation:
             print(" [stopped]", end="", file=sys.stderr)
         finally:
             print(flush=True)
-        self._shown.append(self._pictures)
-        self._pictures = []
+        if len(self._session.transcript) > turns:  # otherwise it was stopped before the first word
+            self._shown.append(self._pictures)
+            self._pictures = []
 
 
 def _needed(text: str, message: str) -> str:

@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
 from visualrwkv.errors import InputError
-from visualrwkv.serving.engine import Engine, Reply
+from visualrwkv.serving.engine import Engine, ServedReply
 from visualrwkv.serving.requests import ChatRequest, Limits, Refused, check_prompt, parse, read_pictures
 
 BODY_SECONDS = 60  # for sending a request
@@ -147,7 +147,13 @@ class Service:
         asked, ids, pictures = await self._loop.run_in_executor(self._readers, self._prepare, body)
         del body
         events: asyncio.Queue = asyncio.Queue()
-        reply = Reply(ids, pictures, asked.sampling, lambda *event: self._told.append((events, event)))
+        reply = ServedReply(
+            self._processor.tokenizer,
+            asked.sampling,
+            ids,
+            pictures,
+            lambda *event: self._told.append((events, event)),
+        )
         completion = _Completion(self._settings.model, len(ids), asked)
         if asked.stream:
             ticket.streaming = True
@@ -164,7 +170,7 @@ class Service:
             if not whole.done():
                 raise ClientDisconnect
             text, finish = whole.result()
-            return JSONResponse(completion.whole(text, finish, reply.count))
+            return JSONResponse(completion.whole(text, finish, len(reply.tokens)))
         finally:
             reply.cancelled.set()
             whole.cancel()
@@ -211,7 +217,7 @@ class Service:
             raise Refused(413, message, code="request_too_large")
         return b"".join(chunks)
 
-    async def _pieces(self, reply: Reply, events: asyncio.Queue) -> AsyncIterator[tuple[str, str | None]]:
+    async def _pieces(self, reply: ServedReply, events: asyncio.Queue) -> AsyncIterator[tuple[str, str | None]]:
         """(text, finish) from the engine; leaving early frees the slot."""
         try:
             self.engine.submit(reply)
@@ -245,7 +251,7 @@ class Service:
                         if finish:
                             yield completion.event({}, finish)
                 if completion.include_usage:
-                    yield completion.usage_event(reply.count)
+                    yield completion.usage_event(len(reply.tokens))
             except Refused as error:
                 yield f"data: {json.dumps(error.body)}\n\n"
             yield "data: [DONE]\n\n"
