@@ -47,21 +47,24 @@ def equal_states(a, b):
             close(x, y)
 
 
-def static_step(rwkv, batch=1, recorder=lambda function: function):
+def static_step(rwkv, batch=1, places=None, recorder=lambda function: function):
     state = prefix(rwkv, batch)
-    return StaticStep(rwkv, next_embeds(rwkv, batch)[0], state, recorder)
+    return StaticStep(rwkv, next_embeds(rwkv, batch)[0], state, recorder, places or batch)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_equals_the_modules(rwkv, batch):
-    static, state, wanted_state = static_step(rwkv, batch), prefix(rwkv, batch), prefix(rwkv, batch)
+@pytest.mark.parametrize(("batch", "places"), [(1, 1), (3, 3), (3, 4)])
+def test_equals_the_modules(rwkv, batch, places):
+    static, state, wanted_state = static_step(rwkv, batch, places), prefix(rwkv, batch), prefix(rwkv, batch)
     embeds = next_embeds(rwkv, batch)
     wanted = plain(rwkv, wanted_state, embeds)
     results = [static(x, state) for x in embeds]
     for a, b in zip(results, wanted, strict=True):
         close(a, b)
     equal_states(state, wanted_state)
-    assert all(a is b for a, b in zip(state.layers[0], static.layers[0], strict=True)), "no copy between two tokens"
+    places = [(tensor.data_ptr(), id(tensor)) for layer in state.layers for tensor in layer]
+    static(embeds[0], state)
+    assert places == [(tensor.data_ptr(), id(tensor)) for layer in state.layers for tensor in layer], "copied"
+    assert state.layers[0].wkv.data_ptr() == static.layers[0].wkv.data_ptr()
 
 
 def test_states_take_turns(rwkv):
@@ -73,6 +76,19 @@ def test_states_take_turns(rwkv):
         close(static(x, states[i % 2]), wanted[i])
     for state, its in zip(states, alone, strict=True):
         equal_states(state, its)
+
+
+def test_sequences_come_and_go_in_one_memory(rwkv):
+    static, embeds = static_step(rwkv, 1, 4), next_embeds(rwkv, 3, 4)
+    state, wanted = prefix(rwkv, 3), prefix(rwkv, 3)
+    for x, rows in zip(embeds, ([0, 1, 2], [0, 2], [1], [0]), strict=True):
+        state, wanted, x = state.select(rows), wanted.select(rows), x[: len(rows)]
+        close(static(x, state), plain(rwkv, wanted, [x])[0])
+    joined = [RWKVState.concatenate([one, prefix(rwkv, 3)]) for one in (state, wanted)]
+    x = torch.cat([embeds[0], embeds[1][:1]])
+    close(static(x, joined[0]), plain(rwkv, joined[1], [x])[0])
+    equal_states(*joined)
+    equal_states(state, wanted)
 
 
 def test_an_earlier_state_is_kept_by_cloning(rwkv):

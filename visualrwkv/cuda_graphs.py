@@ -5,6 +5,9 @@ work. A graph starts them all at once, but it always reads and writes the same m
 hand lives in that memory from step to step: the `RWKVState` that was decoded last holds the very tensors
 (`RWKVState.clone` keeps an earlier one, as everywhere), and gets copies of its own when another state takes its place.
 
+A graph is for a power of two of sequences, and is used for fewer too: replies join and leave a batch at any token, and
+recording takes as long as many tokens. What is computed for free places goes nowhere.
+
 `RWKV.forward` comes here for single tokens without gradients; its modules stay the definition of what a step computes.
 """
 
@@ -20,7 +23,7 @@ from torch import Tensor
 from visualrwkv.ops.kernel import kernels_wanted, states_in_place
 from visualrwkv.state import LayerState, RWKVState
 
-_KEPT = 4  # graphs of a model, one for each number of sequences; each has memory for their states
+_KEPT = 8  # graphs of a model, one for each number of places; each has memory for so many states
 _steps: "weakref.WeakKeyDictionary[torch.nn.Module, OrderedDict[tuple, StaticStep]]" = weakref.WeakKeyDictionary()
 _lock = threading.Lock()  # threads that ask the same model share its graphs and their memory
 _failed: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()
@@ -46,7 +49,8 @@ def step(rwkv: torch.nn.Module, embeds: Tensor, state: RWKVState) -> Tensor | No
 def _find(rwkv: torch.nn.Module, embeds: Tensor, state: RWKVState) -> "StaticStep | None":
     """The recorded step for this call; records it if there is none."""
     steps = _steps.setdefault(rwkv, OrderedDict())
-    key = (embeds.shape[0], embeds.dtype, embeds.device, *_weights(rwkv))
+    places = 1 << (embeds.shape[0] - 1).bit_length()
+    key = (places, embeds.dtype, embeds.device, *_weights(rwkv))
     static = steps.get(key)
     if static is None:
         for old in [other for other in steps if other[1:] != key[1:]]:  # the weights were moved or replaced
@@ -55,7 +59,7 @@ def _find(rwkv: torch.nn.Module, embeds: Tensor, state: RWKVState) -> "StaticSte
             steps.popitem(last=False)[1].release()
         try:
             with torch.cuda.device(embeds.device):
-                static = StaticStep(rwkv, embeds, state, record)
+                static = StaticStep(rwkv, embeds, state, record, places)
         except RuntimeError as error:
             _failed.add(rwkv)
             warnings.warn(f"decoding goes on without a CUDA graph: {error}", RuntimeWarning, stacklevel=2)
@@ -80,25 +84,22 @@ def record(function: Callable[[], None]) -> Callable[[], None]:
 
 
 class StaticStep:
-    """The step of one token for a fixed number of sequences, from and to memory that stays where it is.
+    """The step of one token for up to a fixed number of sequences, from and to memory that stays where it is.
 
     Args:
         rwkv, embeds, state: a call of `step`; only shapes, dtypes and the device are taken from the last two.
         recorder: makes of a function without arguments one that does the same work again, see `record`.
+        places: for so many sequences.
     """
 
-    def __init__(self, rwkv, embeds: Tensor, state: RWKVState, recorder: Callable):
+    def __init__(self, rwkv, embeds: Tensor, state: RWKVState, recorder: Callable, places: int):
         self._rwkv = weakref.ref(rwkv)  # the graph needs the weights only as long as the model is there to be asked
         self._owner: Callable[[], RWKVState | None] = lambda: None  # whose state is in the memory
         # Ordinary tensors, also if made in inference mode: later calls may come without.
         with torch.inference_mode(False), torch.no_grad():
-            self._embeds, self._hidden = (
-                torch.zeros(embeds.shape, dtype=embeds.dtype, device=embeds.device) for _ in range(2)
-            )
-            self.layers = [
-                LayerState(*(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in layer))
-                for layer in state.layers
-            ]
+            self._embeds, self._hidden = (embeds.new_zeros(places, *embeds.shape[1:]) for _ in range(2))
+            self.layers = [LayerState(*(x.new_zeros(places, *x.shape[1:]) for x in layer)) for layer in state.layers]
+            self._first = {places: self.layers}  # count -> the same memory, of the first so many sequences
             self._replay = recorder(self._step)
 
     def _step(self) -> None:
@@ -117,15 +118,23 @@ class StaticStep:
         """As `step`."""
         if self._owner() is not state:
             self.release()
+        count = embeds.shape[0]
         if not self._holds(state):
-            for layer, given in zip(self.layers, state.layers, strict=True):
+            for layer, given in zip(self._memory(count), state.layers, strict=True):
                 for place, value in zip(layer, given, strict=True):
                     place.copy_(value)
-        self._embeds.copy_(embeds)
+        self._embeds[:count].copy_(embeds)
         self._replay()
-        state.layers = list(self.layers)
+        state.layers = list(self._memory(count))
         self._owner = weakref.ref(state)
-        return self._hidden.clone()
+        return self._hidden[:count].clone()
+
+    def _memory(self, count: int) -> list[LayerState]:
+        """Where the states of `count` sequences are."""
+        if count not in self._first:
+            with torch.inference_mode(False), torch.no_grad():
+                self._first[count] = [LayerState(*(x[:count] for x in layer)) for layer in self.layers]
+        return self._first[count]
 
     def release(self) -> None:
         """Give the state whose tensors the memory is copies of its own."""
@@ -135,9 +144,8 @@ class StaticStep:
         self._owner = lambda: None
 
     def _holds(self, state: RWKVState) -> bool:
-        return all(
-            a is b for mine, its in zip(self.layers, state.layers, strict=True) for a, b in zip(mine, its, strict=True)
-        )
+        mine = self._first.get(state.batch_size, self.layers)
+        return all(a is b for one, its in zip(mine, state.layers, strict=True) for a, b in zip(one, its, strict=True))
 
 
 def _weights(rwkv) -> tuple:
