@@ -387,6 +387,16 @@ def test_short_line_and_refusals(many):
         for question in scenes.questions(scene, random.Random(0), ("colour", "count"), ("en",), short_line=0.5)
     ]
     assert 0.4 < sum(lined) / len(lined) < 0.6
+    for share, low, high in ((1.0, 1, 1), (0.5, 0.4, 0.6), (0.0, 0, 0)):
+        asked = [
+            scenes.ask(scene, random.Random(seed), "choice", "en", letter_line=share)
+            for seed, scene in enumerate(many[:200])
+        ]
+        asked = [question for question in asked if question]
+        lined = [question.text.endswith("letter from the given choices directly.") for question in asked]
+        assert low <= sum(lined) / len(lined) <= high
+        for question, line in zip(asked, lined, strict=True):
+            assert len(question.text.split("\n")) == 1 + len(question.options) + line
     scene = many[0]
     with pytest.raises(InputError, match="smell"):
         scenes.questions(scene, random.Random(0), kinds=("smell",))

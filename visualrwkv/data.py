@@ -297,6 +297,7 @@ class ScenesDataset(Dataset):
                 languages=languages,
                 vary=scenes.vary,
                 short_line=scenes.short_line,
+                letter_line=scenes.letter_line,
                 relations=settings["relations"],
                 bases=tuple(settings["bases"] or SHORT_KINDS),
                 options=tuple(settings["options"] or OPTIONS),

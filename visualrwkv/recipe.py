@@ -83,6 +83,7 @@ class ScenesData:
     chinese: float = 0.25  # share of Chinese questions
     vary: float = 0.5  # share of questions in another wording than the usual one
     short_line: float = 0.5  # share of short English questions with the line that asks for a word or phrase
+    letter_line: float = 1.0  # share of multiple-choice questions with the line that asks for the letter
     again: float = 0.0  # share of the later questions that show the picture once more
     text_only: bool = False  # leave the pictures out: the language of the world without its pictures
     curriculum: list[Stretch] = field(default_factory=list)
@@ -365,7 +366,9 @@ def _validate(recipe, source):
 
 def _validate_scenes(scenes, need):
     """Ranges rise, weights are positive, the stretches of a curriculum follow each other."""
-    need(0 <= scenes.again <= 1, f"data.scenes.again is {scenes.again}, expected a share from 0 to 1")
+    for name in ("chinese", "vary", "short_line", "letter_line", "again"):
+        share = getattr(scenes, name)
+        need(0 <= share <= 1, f"data.scenes.{name} is {share}, expected a share from 0 to 1")
     for where, part in [
         ("data.scenes", scenes),
         *((f"data.scenes.curriculum.{i}", s) for i, s in enumerate(scenes.curriculum)),

@@ -57,7 +57,19 @@ class Question:
         return not (self.facts & other.asks or other.facts & self.asks)
 
 
-def ask(scene, rng, kind, language="en", *, vary=0.5, short_line=0.5, bases=SHORT_KINDS, options=OPTIONS, accept=None):
+def ask(
+    scene,
+    rng,
+    kind,
+    language="en",
+    *,
+    vary=0.5,
+    short_line=0.5,
+    letter_line=1.0,
+    bases=SHORT_KINDS,
+    options=OPTIONS,
+    accept=None,
+):
     """One question of a kind, or None where the scene allows none.
 
     Args:
@@ -66,6 +78,7 @@ def ask(scene, rng, kind, language="en", *, vary=0.5, short_line=0.5, bases=SHOR
         language: "en" or "zh".
         vary: share of questions in another wording than the usual one.
         short_line: share of English short-answer questions that end with the line asking for a word or phrase.
+        letter_line: share of multiple-choice questions that end with the line asking for the letter.
         bases: the kinds that a "choice" may be made of (a tuple), each tried first as often as it is given.
         options: numbers of options that a "choice" may have, each as often as it is given.
         accept: a function of an object with ``facts`` and ``asks``; only questions that it accepts are asked.
@@ -98,7 +111,9 @@ def ask(scene, rng, kind, language="en", *, vary=0.5, short_line=0.5, bases=SHOR
         if kind == "told":
             text = f"{text} {answer}"
         letter = LETTERS[options.index(answer)]
-        lines = [text, *(f"{LETTERS[i]}. {option}" for i, option in enumerate(options)), CHOICE_LINES[language]]
+        lines = [text, *(f"{LETTERS[i]}. {option}" for i, option in enumerate(options))]
+        if letter_line == 1 or rng.random() < letter_line:
+            lines.append(CHOICE_LINES[language])
         return Question(kind, language, "\n".join(lines), letter, options, draft.kind, facts, asks)
     if language == "en" and rng.random() < short_line:
         text = f"{text}\n{SHORT_LINE}"
@@ -205,6 +220,7 @@ def conversation(
     languages=LANGUAGES,
     vary=0.5,
     short_line=0.5,
+    letter_line=1.0,
     relations=DIRECTIONS,
     bases=SHORT_KINDS,
     options=OPTIONS,
@@ -215,7 +231,7 @@ def conversation(
         rng: a ``random.Random``.
         turns: the most questions wanted; a scene of few objects holds fewer. A description always stands alone.
         kinds, languages: weights by name, or names that weigh the same.
-        vary, short_line, bases, options: as in ``ask``.
+        vary, short_line, letter_line, bases, options: as in ``ask``.
         relations: which of left, right, above and below questions of the kind relation may name.
 
     Returns:
@@ -243,6 +259,7 @@ def conversation(
             language,
             vary=vary,
             short_line=short_line,
+            letter_line=letter_line,
             bases=bases,
             options=options,
             accept=accept,
