@@ -19,7 +19,7 @@ from visualrwkv import InputError, cli
 
 pytest.importorskip("gradio")
 
-from visualrwkv.demo import panel  # noqa: E402
+from visualrwkv.demo import panel
 
 
 @pytest.fixture(scope="module")

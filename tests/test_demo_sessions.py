@@ -11,7 +11,7 @@ from visualrwkv import RWKVState
 
 pytest.importorskip("gradio")
 
-from visualrwkv.demo.sessions import Branch, Ended, Sessions  # noqa: E402
+from visualrwkv.demo.sessions import Branch, Ended, Sessions
 
 
 class Clock:
