@@ -80,6 +80,10 @@ def test_a_reply_that_cannot_be_read_leaves_the_others_alone(vlm, pictures):
     ):
         with pytest.raises(InputError, match=error):
             decoder.read([reply(vlm)], broken)
+    failing = reply(vlm)
+    failing.choose = lambda *_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        decoder.read([failing], prompts(vlm, pictures, QUESTIONS[:1]))
     while decoder.advance():
         pass
     assert one.text == vlm.ask(pictures[0], QUESTIONS[0], max_new_tokens=8)

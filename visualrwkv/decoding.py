@@ -116,10 +116,11 @@ class Decoder:
         inputs = {name: value.to(self._model.device) for name, value in inputs.items()}
         output = self._model(**inputs, cache=state, logits_to_keep=1)
         check_scores(output.logits)
+        texts = self._choose(replies, output.logits[:, -1])
         self.drop_complete()
         self.state = RWKVState.concatenate([self.state, output.cache]) if self.replies else output.cache
-        self.replies += replies
-        return self._choose(replies, output.logits[:, -1])
+        self.replies = [*self.replies, *replies]
+        return texts
 
     @torch.no_grad()
     def advance(self) -> list[str]:
