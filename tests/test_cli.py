@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import visualrwkv
-from visualrwkv import cli
+from visualrwkv import cli, terminal
 
 SHORT = ["--max-new-tokens", "8"]
 
@@ -194,24 +194,28 @@ def test_chat_passes_sampling_options(talk, vlm, random_folder):
     refused(talk(["What?"], "--model", random_folder, "--seed", "-1"), "seed")
 
 
-def test_ctrl_c_stops_a_reply_and_keeps_the_conversation(monkeypatch, capfd, vlm):
-    """What a terminal does, with a reply that is interrupted after its second piece."""
-    from visualrwkv import terminal
+def at_a_terminal(monkeypatch, *lines):
+    """Let a person type lines, or press Ctrl-C, and then Ctrl-D."""
 
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
-    lines = iter(["What?", KeyboardInterrupt(), "Why?"])
+    typed = iter(lines)
 
     def ask(prompt):
-        line = next(lines, EOFError())
+        line = next(typed, EOFError())
         if isinstance(line, BaseException):
             raise line
         return line
 
     monkeypatch.setattr(sys, "stdin", Terminal())
     monkeypatch.setattr("builtins.input", ask)
+
+
+def test_ctrl_c_stops_a_reply_and_keeps_the_conversation(monkeypatch, capfd, vlm):
+    """What a terminal does, with a reply that is interrupted after its second piece."""
+    at_a_terminal(monkeypatch, "What?", KeyboardInterrupt(), "Why?")
     session, pieces = vlm.chat(), []
 
     def interrupted(text, *arguments, **options):
@@ -228,6 +232,23 @@ def test_ctrl_c_stops_a_reply_and_keeps_the_conversation(monkeypatch, capfd, vlm
     assert "[stopped]" in err and "/quit ends" in err
     said = [turn["text"] for turn in session.transcript]
     assert said[::2] == ["What?", "Why?"] and out.splitlines()[0].startswith("".join(pieces[:2]))
+
+
+def test_ctrl_c_before_the_first_word_leaves_the_picture_waiting(monkeypatch, capfd, vlm, pictures):
+    at_a_terminal(monkeypatch, "What?", "What now?")
+    calls, forward = [], vlm.model.forward
+
+    def interrupted(**inputs):
+        calls.append(inputs)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return forward(**inputs)
+
+    monkeypatch.setattr(vlm.model, "forward", interrupted)
+    session = vlm.chat()
+    assert terminal.talk(session, [pictures[0]], {"max_new_tokens": 8}) == 0
+    assert "[stopped]" in capfd.readouterr().err
+    assert [(turn["text"], turn["images"]) for turn in session.transcript[::2]] == [("What now?", 1)]
 
 
 def test_a_bad_line_does_not_end_a_chat(talk, vlm, random_folder, tmp_path):
