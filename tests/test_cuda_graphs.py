@@ -145,7 +145,7 @@ def test_a_cpu_has_no_graph(rwkv):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("batch", [1, 2, 64, 256])
+@pytest.mark.parametrize("batch", [1, 2, 3, 64, 256])  # 3 have a graph for 4
 def test_graphs(random_folder, batch):
     import visualrwkv
 
