@@ -1,30 +1,18 @@
 """Drawn scenes: the geometry keeps its rules, and an independent reader of the questions agrees with the answers."""
 
-import json
 import random
 import re
 from collections import Counter
 
 import numpy as np
 import pytest
-from PIL import Image
+from scene_reader import expected, parse, the
 
 from visualrwkv import scenes
 from visualrwkv.errors import InputError
 from visualrwkv.scenes import phrases
 from visualrwkv.scenes.descriptions import left_to_right
 from visualrwkv.scenes.world import COLOURS, SHAPES, SIZES, Object, Sign, is_valid
-from visualrwkv.scenes.writers import write_scenes
-
-CANONICAL = {
-    word: original
-    for language in ("en", "zh")
-    for original, said in phrases.WORDS[language].items()
-    for word in (said, *phrases.ALIASES[language].get(original, ()))
-}
-DIRECTIONS = {
-    said: where for options in phrases.DIRECTIONS.values() for where, words in options.items() for said in words
-}
 
 
 def sample(index, **limits):
@@ -34,118 +22,6 @@ def sample(index, **limits):
 @pytest.fixture(scope="module")
 def many():
     return [sample(index) for index in range(600)]
-
-
-# --- an independent reader of questions
-
-
-def matching(scene, name):
-    """The objects that a name such as "large circle" or "小的红色的圆形" fits; the sign for "sign"."""
-    if name in ("sign", "牌子"):
-        return [scene.sign]
-    words = [CANONICAL[word] for word in (name.split(" ") if name.isascii() else name.split("的"))]
-    return [thing for thing in scene.shapes if all(word in (thing.size, thing.colour, thing.shape) for word in words)]
-
-
-def the(scene, name):
-    found = matching(scene, name)
-    assert len(found) == 1, f"{name} is ambiguous"
-    return found[0]
-
-
-def side(scene, a, b):
-    """Directions in which a lies from b, by the rule of the world."""
-    dx, dy = a.cx - b.cx, a.cy - b.cy
-    found = set()
-    if abs(dx) >= 0.15 * min(scene.width, scene.height) and abs(dx) > abs(dy):
-        found.add("left" if dx < 0 else "right")
-    if abs(dy) >= 0.15 * min(scene.width, scene.height) and abs(dy) > abs(dx):
-        found.add("above" if dy < 0 else "below")
-    return found
-
-
-def parse(question):
-    """(phrase, slots) of a wording."""
-    text = question.text.replace("\nAnswer the question using a single word or phrase.", "").split("\n")[0]
-    fits = []
-    for phrase, templates in phrases.PHRASES[question.language].items():
-        kind = "compare" if phrase in ("larger", "smaller") else phrase
-        for template in templates:
-            if kind != (question.base or question.kind):
-                continue
-            pattern = re.escape(template)
-            pattern = re.sub(r"\\\{(a|b|an|p|t)\\\}", r"(?P<\1>.+?)", pattern)
-            pattern = pattern.replace(re.escape("{where}"), f"(?P<where>{'|'.join(sorted(DIRECTIONS, key=len)[::-1])})")
-            match = re.fullmatch(pattern, text)
-            if match:
-                fits.append((phrase, match.groupdict()))
-    for phrase, slots in fits:
-        names = [slots[slot] for slot in ("a", "b") if slot in slots]
-        names += [slots["an"].split(" ", 1)[1]] if "an" in slots else []
-        words = [word for name in names for word in (name.split(" ") if name.isascii() else name.split("的"))]
-        short = len(slots.get("p", "").split(" ")) <= 2 and slots.get("t", "number") in (
-            "number",
-            "letter",
-            "数字",
-            "字母",
-        )
-        if short and all(word in CANONICAL or word in ("sign", "牌子") for word in words):
-            return phrase, slots
-    raise AssertionError(f"no reading of {question.text!r}")
-
-
-def expected(scene, question):
-    """The answer, worked out from the objects alone."""
-    phrase, slots = parse(question)
-    chinese = question.language == "zh"
-    words = phrases.WORDS[question.language]
-
-    def name(thing):
-        colour, shape = words[thing.colour], words[thing.shape]
-        return f"{colour}的{shape}" if chinese else f"{colour} {shape}"
-
-    if phrase in ("colour", "shape"):
-        return words[getattr(the(scene, slots["a"]), phrase)]
-    if phrase == "existence":
-        found = bool(matching(scene, slots["a"] if "a" in slots else slots["an"].split(" ", 1)[1]))
-        return {True: "有", False: "没有"}[found] if chinese else {True: "yes", False: "no"}[found]
-    if phrase == "count":
-        counted = slots["p"]
-        if counted in ("objects", "物体"):
-            return str(len(scene.objects))
-        if chinese:
-            counted = counted.removesuffix("的物体")
-        elif counted.endswith(" objects"):
-            counted = counted.removesuffix(" objects")
-        else:
-            counted = counted.removesuffix("es") if counted == "crosses" else counted.removesuffix("s")
-        return str(len(matching(scene, counted)))
-    if phrase == "relation":
-        a, b = the(scene, slots["a"]), the(scene, slots["b"])
-        found = side(scene, a, b)
-        where = DIRECTIONS[slots["where"]]
-        opposite = {"left": "right", "right": "left", "above": "below", "below": "above"}[where]
-        assert found and found <= {where, opposite}, "asked only along the axis that tells"
-        return {True: "是", False: "不是"}[where in found] if chinese else {True: "yes", False: "no"}[where in found]
-    if phrase == "neighbour":
-        a, where = the(scene, slots["a"]), DIRECTIONS[slots["where"]]
-        before = {"left": lambda t: t.cx < a.cx, "right": lambda t: t.cx > a.cx}
-        before |= {"above": lambda t: t.cy < a.cy, "below": lambda t: t.cy > a.cy}
-        found = [thing for thing in scene.objects if thing is not a and before[where](thing)]
-        assert len(found) == 1 and side(scene, found[0], a) == {where}
-        assert the(scene, name(found[0])) is found[0]
-        return name(found[0])
-    if phrase in ("larger", "smaller"):
-        pair = [the(scene, slots["a"]), the(scene, slots["b"])]
-        pair.sort(key=lambda thing: thing.side)
-        assert pair[1].side > 1.4 * pair[0].side
-        return name(pair[phrase == "larger"])
-    assert phrase == "read"
-    if slots.get("t"):
-        assert (
-            slots["t"] == {"en": ("letter", "number"), "zh": ("字母", "数字")}[question.language][scene.sign.is_number]
-        )
-    return scene.sign.text
 
 
 # --- the world
@@ -465,7 +341,7 @@ def test_all_texts_cover_every_word(many):
         assert set(re.findall(r"[A-Za-z0-9']+|[^\x00-\x7f]", "\n".join(said))) <= known
 
 
-# --- splits and files
+# --- splits
 
 
 def test_splits_share_no_list_of_objects():
@@ -474,105 +350,6 @@ def test_splits_share_no_list_of_objects():
         drawn = [scenes.sample_scene(scenes.scene_rng(0, split, i), max_objects=2, split=split) for i in range(300)]
         found[split] = {tuple(sorted(thing.key for thing in scene.objects)) for scene in drawn}
     assert not (found["train"] & found["val"] or found["train"] & found["test"] or found["val"] & found["test"])
-
-
-def files(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.mark.parametrize("layout", ["llava", "vqav2", "scienceqa", "pope"])
-def test_files_depend_on_the_seed_alone(tmp_path, layout, capfd):
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        write_scenes(tmp_path / name, layout, 10, seed)
-    first = files(tmp_path / "a")
-    assert first == files(tmp_path / "b") and first != files(tmp_path / "c")
-    captured = capfd.readouterr()
-    assert captured.out == "" and "10/10" in captured.err
-
-
-def test_llava_layout(tmp_path):
-    write_scenes(tmp_path / "out", "llava", 6, 0)
-    records = json.loads((tmp_path / "out" / "train.json").read_text(encoding="utf-8"))
-    assert len(records) == 6 and len({record["id"] for record in records}) == 6
-    for record in records:
-        with Image.open(tmp_path / "out" / "images" / record["image"]) as image:
-            assert image.format == "PNG" and image.mode == "RGB"
-        turns = record["conversations"]
-        assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
-        assert [turn["value"].count("<image>") for turn in turns] == [1] + [0] * (len(turns) - 1)
-    assert max(len(record["conversations"]) for record in records) > 2
-
-
-def test_vqav2_layout(tmp_path):
-    write_scenes(tmp_path, "vqav2", 15, 0)
-    ids = {}
-    for split, pictures in (("train", 12), ("val", 3)):
-        questions = json.loads((tmp_path / f"v2_OpenEnded_mscoco_{split}2014_questions.json").read_text())
-        annotations = json.loads((tmp_path / f"v2_mscoco_{split}2014_annotations.json").read_text())
-        assert questions["task_type"] == "Open-Ended" and questions["data_subtype"] == f"{split}2014"
-        asked = {q["question_id"]: q for q in questions["questions"]}
-        assert len(asked) == len(annotations["annotations"]) == len(questions["questions"])
-        for annotation in annotations["annotations"]:
-            assert asked[annotation["question_id"]]["image_id"] == annotation["image_id"]
-            assert [a["answer_id"] for a in annotation["answers"]] == list(range(1, 11))
-            assert {a["answer"] for a in annotation["answers"]} == {annotation["multiple_choice_answer"]}
-            assert annotation["answer_type"] in ("yes/no", "number", "other")
-        ids[split] = {q["image_id"] for q in questions["questions"]}
-        assert len(ids[split]) == pictures
-        for image_id in ids[split]:
-            assert (tmp_path / f"{split}2014" / f"COCO_{split}2014_{image_id:012d}.jpg").is_file()
-    assert not ids["train"] & ids["val"]
-
-
-def test_scienceqa_layout(tmp_path):
-    write_scenes(tmp_path, "scienceqa", 36, 0)
-    problems = json.loads((tmp_path / "problems.json").read_text())
-    splits = json.loads((tmp_path / "pid_splits.json").read_text())
-    assert sorted(splits["train"] + splits["val"] + splits["test"]) == sorted(problems)
-    assert len(problems) == 40
-    bare = [pid for pid, problem in problems.items() if problem["image"] is None]
-    assert len(bare) == 4
-    for pid, problem in problems.items():
-        assert pid in splits[problem["split"]]
-        assert 0 <= problem["answer"] < len(problem["choices"]) <= 5
-        assert problem["subject"] in ("natural science", "social science", "language science")
-        assert re.fullmatch(r"grade([1-9]|1[0-2])", problem["grade"])
-        assert "\n" not in problem["question"]
-        picture = tmp_path / "images" / problem["split"] / pid / "image.png"
-        assert picture.is_file() == (problem["image"] == "image.png")
-        assert problem["hint"] or problem["image"]
-
-
-def test_pope_layout(tmp_path):
-    write_scenes(tmp_path, "pope", 8, 0)
-    for category in ("random", "popular", "adversarial"):
-        records = [json.loads(line) for line in (tmp_path / f"coco_pope_{category}.json").read_text().splitlines()]
-        assert [record["question_id"] for record in records] == list(range(1, len(records) + 1))
-        assert Counter(record["label"] for record in records) == {"yes": len(records) // 2, "no": len(records) // 2}
-        for record in records:
-            assert (tmp_path / "val2014" / record["image"]).is_file()
-            assert re.fullmatch(r"Is there an? \w+ \w+ in the image\?", record["text"])
-            index = int(record["image"][-16:-4]) - 1
-            scene = scenes.sample_scene(scenes.scene_rng(0, "val", index), split="val", min_objects=2)
-            name = record["text"].split(" ", 3)[3].removesuffix(" in the image?")
-            assert bool(matching(scene, name)) == (record["label"] == "yes")
-
-
-def test_writer_refusals(tmp_path):
-    (tmp_path / "file").write_text("")
-    for arguments, message in (
-        ((tmp_path / "a", "coco", 1, 0), "coco"),
-        ((tmp_path / "a", "llava", 0, 0), "0 pictures"),
-        ((tmp_path / "a", "llava", 1, "x"), "seed"),
-        ((tmp_path, "llava", 1, 0), "not empty"),
-        ((tmp_path / "file", "llava", 1, 0), "cannot be written"),
-        ((tmp_path / "file" / "under", "llava", 1, 0), "cannot be written"),
-    ):
-        with pytest.raises(InputError, match=message) as caught:
-            write_scenes(*arguments)
-        assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="test"):
-        write_scenes(tmp_path / "a", "vqav2", 1, 0, split="test")
 
 
 def test_names_of_sizes_and_order():

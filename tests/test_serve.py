@@ -12,19 +12,15 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import httpx
 import openai
 import pytest
 import torch
 
-from visualrwkv.errors import InputError
-from visualrwkv.image_processing import load_image
 from visualrwkv.prompt import Turn
 from visualrwkv.sampling import Sampling
 from visualrwkv.serving import app, engine, requests
-from visualrwkv.serving.pictures import RecentPictures
 
 QUESTIONS = ["What is the colour?", "What?", "What is it, 在哪里?", "How many objects do you see in the picture?"]
 NEVER = {"temperature": 1.0, "seed": 0}  # a random model rarely ends a reply of its own
@@ -392,141 +388,6 @@ def test_an_api_key_keeps_others_out(vlm):
             assert text_of(complete(client, USER)) is not None
 
 
-PRIVATE = """127.0.0.1 10.0.0.1 192.168.1.1 172.16.0.1 169.254.169.254 0.0.0.0 100.64.0.1 224.0.0.1 255.255.255.255 ::1
-:: fe80::1 fe80::1%eth0 fd00::1 ::ffff:127.0.0.1 2002:7f00:1:: 64:ff9b::7f00:1"""
-
-
-@pytest.mark.parametrize("address", PRIVATE.split())
-def test_addresses_that_are_not_public(address):
-    assert not requests.is_public(address)
-
-
-def test_public_addresses():
-    assert requests.is_public("1.1.1.1") and requests.is_public("2606:4700:4700::1111")
-
-
-REMOTE = requests.Limits(remote_images=True, remote_bytes=20_000, remote_seconds=1.0)
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "127.1", "2130706433", "0x7f000001"])
-def test_the_own_machine_is_not_fetched_from(host):
-    with pytest.raises(InputError, match="public internet|no host"):
-        requests.open_source(f"http://{host}:1/picture.png", REMOTE)
-
-
-@pytest.fixture
-def web(picture_file, monkeypatch):
-    """A web server whose address counts as public."""
-
-    class Pages(BaseHTTPRequestHandler):
-        def do_GET(self):
-            if self.path == "/moved":
-                self.send_response(302)
-                self.send_header("Location", "/picture")
-                self.end_headers()
-                return
-            self.send_response(200)
-            self.end_headers()
-            if self.path == "/slow":
-                for _ in range(40):
-                    self.wfile.write(b"x")
-                    time.sleep(0.1)
-            self.wfile.write(b"x" * 30_000 if self.path == "/large" else picture_file.read_bytes())
-
-        def log_message(self, *_):
-            pass
-
-    monkeypatch.setattr(requests, "is_public", lambda address: True)
-    server = HTTPServer(("127.0.0.1", 0), Pages)
-    server.handle_error = lambda *_: None  # clients that give up are what is tested
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
-def test_remote_pictures_within_limits(web, pictures):
-    assert load_image(requests.open_source(web + "/picture", REMOTE)).tobytes() == pictures[0].tobytes()
-    for page, words in (("/moved", "redirects"), ("/large", "larger"), ("/slow", "more than 1 s")):
-        with pytest.raises(InputError, match=words):
-            requests.open_source(web + page, REMOTE)
-    for address in ("http://", "http://:80/", "http://[::1", "http://127.0.0.1:99999/", "https://a b/"):
-        with pytest.raises(InputError, match="no host"):
-            requests.open_source(address, REMOTE)
-
-
-def test_replies_leave_and_join_without_touching_each_other(vlm):
-    """The engine alone: every row of the batch is the state of its own words."""
-    told = {}
-
-    def reply(name, text, count):
-        ids, _ = vlm.processor.encode_turns([Turn("user", text)], open_reply=True)
-        told[name] = []
-        sampling, tokenizer = Sampling(max_new_tokens=count), vlm.processor.tokenizer
-        return engine.ServedReply(tokenizer, sampling, ids, [], lambda *event: told[name].append(event))
-
-    line = engine.Engine(vlm, slots=2)
-    replies = [reply(number, "What? " * (number + 1), 5 + 7 * number) for number in range(5)]
-    for one in replies:
-        line.submit(one)
-    wait_until(lambda: all(told[name] and told[name][-1][1] for name in told))
-    for number in told:
-        expected = vlm.ask(None, "What? " * (number + 1), max_new_tokens=5 + 7 * number)
-        assert "".join(text for text, _ in told[number]) == expected
-    line.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        line.submit(replies[0])
-
-
-def test_pictures_seen_lately_are_not_encoded_again(vlm, pictures, picture_file, monkeypatch):
-    encoded, told = [], []
-    encode = vlm.model.get_image_features
-    monkeypatch.setattr(vlm.model, "get_image_features", lambda pixels: encoded.append(len(pixels)) or encode(pixels))
-    sampling = {"max_new_tokens": 4}
-    line = engine.Engine(vlm, slots=4)
-
-    def ask(*files):
-        uris = ["data:image/png;base64," + base64.b64encode(file).decode() for file in files]
-        asked = requests.ChatRequest(
-            [Turn("user", "What?", images=len(uris))], uris, Sampling(**sampling), False, False
-        )
-        ids, _ = vlm.processor.encode_turns(asked.turns, open_reply=True)
-        read = requests.read_pictures(asked, vlm.processor, requests.Limits(), line.recent)
-        told.clear()
-        tokenizer = vlm.processor.tokenizer
-        line.submit(engine.ServedReply(tokenizer, asked.sampling, ids, read, lambda *event: told.append(event)))
-        wait_until(lambda: told and told[-1][1])
-        return "".join(text for text, _ in told), read
-
-    def png(picture):
-        file = io.BytesIO()
-        picture.save(file, "PNG")
-        return file.getvalue()
-
-    first, other = picture_file.read_bytes(), png(pictures[1])
-    alone, _ = ask(first)
-    assert alone == vlm.ask(picture_file, "What?", **sampling)
-    before = len(encoded)
-    again, read = ask(first)
-    assert again == alone and len(encoded) == before and read[0].pixels is None
-    both, _ = ask(first, other, other)  # the second one is new, and comes twice
-    assert encoded[before:] == [1]
-    assert both == vlm.ask([pictures[0], pictures[1], pictures[1]], "What?", **sampling)
-    line.close()
-
-
-def test_recent_pictures_stay_within_their_bytes():
-    recent = RecentPictures(limit=1000)
-    for number in range(10):
-        recent.put(bytes([number % 5]), torch.zeros(1, 10, 10) + number)
-        assert recent.nbytes <= 1000
-    assert recent.get(bytes([0])) is None and recent.get(bytes([4]))[0, 0, 0] == 9
-    recent.get(bytes([3])), recent.put(b"new", torch.zeros(1, 10, 10))
-    assert recent.get(bytes([3])) is not None and recent.get(bytes([4])) is None  # the longest unseen one went
-    recent.put(b"large", torch.zeros(1, 100, 10))
-    assert recent.nbytes == 0 and recent.get(b"large") is None
-
-
 def test_ctrl_c_ends_the_server(random_folder):
     command = [sys.executable, "-m", "visualrwkv.cli", "serve", "--model", str(random_folder), "--port", "0"]
     process = subprocess.Popen(
@@ -544,15 +405,3 @@ def test_ctrl_c_ends_the_server(random_folder):
     process.send_signal(signal.SIGINT)
     _, rest = process.communicate(timeout=60)
     assert (process.returncode, rest) == (130, "")
-
-
-def test_states_of_different_age_make_one_batch(vlm):
-    with torch.no_grad():
-        one = vlm.model(torch.tensor([[5, 6, 7]])).cache
-        two = vlm.model(torch.tensor([[8], [9]])).cache
-        both = type(one).concatenate([one, two])
-        assert both.batch_size == 3 and both.seen == 3
-        for state, rows in ((one, [0]), (two, [1, 2])):
-            part = both.select(rows)
-            for name, tensor in state.tensors().items():
-                assert torch.equal(tensor, part.tensors()[name])

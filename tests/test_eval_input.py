@@ -1,0 +1,140 @@
+"""Files of a benchmark: wrong ones are refused in one line, and nothing of the answers reaches a question."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from visualrwkv.cli import main
+from visualrwkv.errors import InputError
+from visualrwkv.eval import BENCHMARKS, benchmark
+
+GOLDEN = Path(__file__).parent / "golden" / "eval"
+
+
+def run_cli(capsys, *arguments):
+    code = main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def wrong_calls(tmp_path):
+    """(words of the message, arguments of score)."""
+    other = tmp_path / "gqa.jsonl"
+    other.write_text((GOLDEN / "gqa/answers.jsonl").read_text())
+    swapped = tmp_path / "swapped"
+    swapped.mkdir()
+    for path in (GOLDEN / "vqav2").glob("v2_*"):
+        (swapped / path.name).write_bytes((GOLDEN / "vqav2/v2_OpenEnded_mscoco_val2014_questions.json").read_bytes())
+    holes = tmp_path / "holes"
+    holes.mkdir()
+    for path in (GOLDEN / "vqav2").glob("v2_*"):
+        content = json.loads(path.read_text())
+        if "annotations" in content:
+            content["annotations"].pop(3)
+        (holes / path.name).write_text(json.dumps(content))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "lines.jsonl").write_text('{"question_id": 42000, "prompt": "Is it Monday?", "text": "no"}\n')
+    vqa_data, vqa_answers = GOLDEN / "vqav2", GOLDEN / "vqav2/answers.jsonl"
+    return [
+        (f"{other}, line 1: id '201307000'", "vqav2", vqa_data, other),
+        ("v2_mscoco_val2014_annotations.json: not an annotation file", "vqav2", swapped, vqa_answers),
+        ("annotations.json: no annotation of question 49001", "vqav2", holes, vqa_answers),
+        ("v2_OpenEnded_mscoco_val2014_questions.json: missing; put the file there", "vqav2", tmp_path / "empty", other),
+        (f"{tmp_path / 'lines.jsonl'}, line 1: id 42000 answers another", "vqav2", vqa_data, tmp_path / "lines.jsonl"),
+        (f"{tmp_path / 'none.jsonl'}: cannot be read", "vqav2", vqa_data, tmp_path / "none.jsonl"),
+        (f"{tmp_path / 'nowhere'}: no such folder", "vqav2", tmp_path / "nowhere", other),
+        ("'vqav3' is unknown; choose one of vqav2, scienceqa", "vqav3", vqa_data, other),
+        ("mmvet has no local score", "mmvet", GOLDEN / "mmvet", GOLDEN / "mmvet/answers.jsonl"),
+        ("protocol 'x' is not one of VQA v2's: official,", "vqav2", vqa_data, vqa_answers, "--protocol", "x"),
+        ("split 'x' is not one of", "vqav2", vqa_data, vqa_answers, "--split", "x"),
+        ("1 of 48 questions have no prediction (first: id 182000)", "vqav2", vqa_data, vqa_answers,
+         "--require-complete"),
+    ]  # fmt: skip
+
+
+def test_question_files_of_another_kind_are_refused(tmp_path, capsys):
+    lines = {
+        "it lacks 'image'": '{"question_id": 1, "text": "What?"}',
+        "the question with id 7 has no text": '{"question_id": 7, "text": null, "image": "a.jpg"}',
+        "not a file of JSON lines": "question,answer",
+        "there is no question of GQA in it": "",
+    }
+    for words_, line in lines.items():
+        (tmp_path / "q.jsonl").write_text(line + "\n")
+        code, out, err = run_cli(capsys, "eval", "gqa", "--data", tmp_path, "--questions", tmp_path / "q.jsonl",
+                                 "--out", tmp_path / "run")  # fmt: skip
+        assert code == 2 and out == "" and err.count("\n") == 1
+        assert (
+            f"{tmp_path / 'q.jsonl'}: {words_}" in err
+            or f"q.jsonl: not a question file in the LLaVA form: {words_}" in err
+        )
+
+
+def test_what_cannot_be_scored_is_one_line(tmp_path, capsys):
+    for words_, name, data, predictions, *more in wrong_calls(tmp_path):
+        code, out, err = run_cli(capsys, "score", name, "--data", data, "--predictions", predictions, *more)
+        assert code == 2 and out == "", words_
+        assert words_ in err and err.count("\n") == 1 and err.startswith("visualrwkv: error: "), err
+
+
+def test_another_revision_of_pope_is_refused(tmp_path, capsys):
+    for path in (GOLDEN / "pope/coco").iterdir():
+        lines = path.read_text().splitlines(keepends=True)
+        (tmp_path / path.name).write_text("".join(lines[1:] if "popular" in path.name else lines))
+    (tmp_path / "questions.jsonl").write_text((GOLDEN / "pope/questions.jsonl").read_text())
+    code, _, err = run_cli(capsys, "score", "pope", "--data", tmp_path, "--predictions", GOLDEN / "pope/answers.jsonl")
+    assert code == 2 and "coco_pope_popular.json: its line for id 10000001" in err and "revision" in err
+
+
+def without_answers(name, source, target):
+    """A copy of the official files in which every answer is another one."""
+    target.mkdir()
+    for path in sorted(source.rglob("*")):
+        if not path.is_file() or path.name.startswith(("answers", "expected")):
+            continue
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".txt":
+            text = re.sub(r"\t(Yes|No)$", "\tMaybe", text, flags=re.M)
+        elif path.suffix == ".tsv":
+            rows = [line.split("\t") for line in text.split("\n")]
+            at = rows[0].index("answer")
+            text = "\n".join("\t".join(cell if i != at or n == 0 else "GOLD" for i, cell in enumerate(row))
+                             for n, row in enumerate(rows))  # fmt: skip
+        elif name == "pope" and "coco" in path.parts[-2]:
+            text = re.sub(r'"label": "\w+"', '"label": "GOLD"', text)
+        elif path.suffix == ".json":
+            text = json.dumps(_hidden(json.loads(text)))
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(text, encoding="utf-8")
+    return target
+
+
+def _hidden(value, key=""):
+    if isinstance(value, dict):
+        if value.get("from") == "gpt":
+            return {"from": "gpt", "value": "GOLD"}
+        gold = ("answer", "answers", "multiple_choice_answer", "fullAnswer", "solution", "lecture", "answer_type")
+        return {name: "GOLD" if name in gold else _hidden(item) for name, item in value.items()}
+    return [_hidden(item) for item in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_no_answer_reaches_a_question(name, tmp_path):
+    source = GOLDEN / name.removesuffix("_cn")
+    copy = without_answers(name, source, tmp_path / "copy")
+    packs = [None, *sorted(copy.glob("questions*.json*"))]
+    for pack in packs:
+        here = None if pack is None else source / pack.name
+        options = {"ocr": False} if name == "textvqa" and pack is None else {}
+        changed = benchmark(name, copy, questions=pack, **options).questions()
+        texts = [question.text for question in changed]
+        assert texts == [question.text for question in benchmark(name, source, questions=here, **options).questions()]
+        assert not any("GOLD" in text or "Maybe" in text for text in texts)
+
+
+def test_an_unknown_setting_is_refused():
+    with pytest.raises(InputError, match="gqa does not know the setting ocr=True"):
+        benchmark("gqa", GOLDEN / "gqa", ocr=True)

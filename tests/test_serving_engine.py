@@ -1,0 +1,104 @@
+"""What answers the requests of the endpoint: one batch that replies join and leave, and pictures seen lately."""
+
+import base64
+import io
+import time
+
+import pytest
+import torch
+
+from visualrwkv.prompt import Turn
+from visualrwkv.sampling import Sampling
+from visualrwkv.serving import engine, requests
+from visualrwkv.serving.pictures import RecentPictures
+
+
+def wait_until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_replies_leave_and_join_without_touching_each_other(vlm):
+    """The engine alone: every row of the batch is the state of its own words."""
+    told = {}
+
+    def reply(name, text, count):
+        ids, _ = vlm.processor.encode_turns([Turn("user", text)], open_reply=True)
+        told[name] = []
+        sampling, tokenizer = Sampling(max_new_tokens=count), vlm.processor.tokenizer
+        return engine.ServedReply(tokenizer, sampling, ids, [], lambda *event: told[name].append(event))
+
+    line = engine.Engine(vlm, slots=2)
+    replies = [reply(number, "What? " * (number + 1), 5 + 7 * number) for number in range(5)]
+    for one in replies:
+        line.submit(one)
+    wait_until(lambda: all(told[name] and told[name][-1][1] for name in told))
+    for number in told:
+        expected = vlm.ask(None, "What? " * (number + 1), max_new_tokens=5 + 7 * number)
+        assert "".join(text for text, _ in told[number]) == expected
+    line.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        line.submit(replies[0])
+
+
+def test_pictures_seen_lately_are_not_encoded_again(vlm, pictures, picture_file, monkeypatch):
+    encoded, told = [], []
+    encode = vlm.model.get_image_features
+    monkeypatch.setattr(vlm.model, "get_image_features", lambda pixels: encoded.append(len(pixels)) or encode(pixels))
+    sampling = {"max_new_tokens": 4}
+    line = engine.Engine(vlm, slots=4)
+
+    def ask(*files):
+        uris = ["data:image/png;base64," + base64.b64encode(file).decode() for file in files]
+        asked = requests.ChatRequest(
+            [Turn("user", "What?", images=len(uris))], uris, Sampling(**sampling), False, False
+        )
+        ids, _ = vlm.processor.encode_turns(asked.turns, open_reply=True)
+        read = requests.read_pictures(asked, vlm.processor, requests.Limits(), line.recent)
+        told.clear()
+        tokenizer = vlm.processor.tokenizer
+        line.submit(engine.ServedReply(tokenizer, asked.sampling, ids, read, lambda *event: told.append(event)))
+        wait_until(lambda: told and told[-1][1])
+        return "".join(text for text, _ in told), read
+
+    def png(picture):
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        return file.getvalue()
+
+    first, other = picture_file.read_bytes(), png(pictures[1])
+    alone, _ = ask(first)
+    assert alone == vlm.ask(picture_file, "What?", **sampling)
+    before = len(encoded)
+    again, read = ask(first)
+    assert again == alone and len(encoded) == before and read[0].pixels is None
+    both, _ = ask(first, other, other)  # the second one is new, and comes twice
+    assert encoded[before:] == [1]
+    assert both == vlm.ask([pictures[0], pictures[1], pictures[1]], "What?", **sampling)
+    line.close()
+
+
+def test_recent_pictures_stay_within_their_bytes():
+    recent = RecentPictures(limit=1000)
+    for number in range(10):
+        recent.put(bytes([number % 5]), torch.zeros(1, 10, 10) + number)
+        assert recent.nbytes <= 1000
+    assert recent.get(bytes([0])) is None and recent.get(bytes([4]))[0, 0, 0] == 9
+    recent.get(bytes([3])), recent.put(b"new", torch.zeros(1, 10, 10))
+    assert recent.get(bytes([3])) is not None and recent.get(bytes([4])) is None  # the longest unseen one went
+    recent.put(b"large", torch.zeros(1, 100, 10))
+    assert recent.nbytes == 0 and recent.get(b"large") is None
+
+
+def test_states_of_different_age_make_one_batch(vlm):
+    with torch.no_grad():
+        one = vlm.model(torch.tensor([[5, 6, 7]])).cache
+        two = vlm.model(torch.tensor([[8], [9]])).cache
+        both = type(one).concatenate([one, two])
+        assert both.batch_size == 3 and both.seen == 3
+        for state, rows in ((one, [0]), (two, [1, 2])):
+            part = both.select(rows)
+            for name, tensor in state.tensors().items():
+                assert torch.equal(tensor, part.tensors()[name])
