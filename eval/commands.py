@@ -12,10 +12,16 @@ from visualrwkv.eval.predictions import join
 from visualrwkv.eval.scores import rounded, table
 
 RUN_FILE = "run.json"
+# what the predictions of a run depend on: the questions, and how they are answered (a model is the same if its
+# fingerprint is)
+ASKED = ("benchmark", "split", "sqa_suffix", "ocr", "questions_sha256")
+COMPARED = (*ASKED, "fingerprint", "dtype", "quantize", "prompt", "max_new_tokens", "blank_image")
 
 
 def score(arguments):
     """Print the score of a benchmark."""
+    if arguments.seed < 0:
+        raise InputError(f"--seed is {arguments.seed}; use a whole number from 0")
     bench = open_benchmark(arguments, run_of(arguments.predictions))
     with no_collections():
         result = score_files(
@@ -109,7 +115,9 @@ def score_files(bench, paths, protocol=None, require_complete=False, seed=0, eac
         "metric": scores.metric,
         "score": scores.value,
         "interval": list(scores.interval),
+        "interval_over": scores.unit,
         "questions": len(questions),
+        "counted": len(questions) if scores.counted is None else scores.counted,
         "missing": len(found.missing),
         "unknown": found.unknown,
         "scores": scores.values,
@@ -122,16 +130,27 @@ def score_files(bench, paths, protocol=None, require_complete=False, seed=0, eac
 
 
 def check_run(bench, paths):
-    """Settings of the run that wrote the files, {} if they are not ours; refuses those of another benchmark."""
+    """Settings of the run that wrote the files, {} if they are not ours; refuses those of another benchmark or run."""
+    settings = run_of(paths)
     for path in paths:
         run = run_of([path])
         if run and run["benchmark"] != bench.name:
             raise InputError(
                 f"{path}: holds predictions of {run['benchmark']}, not of {bench.name}; see its {RUN_FILE}"
             )
-    settings = run_of(paths)
-    shown = ("model", "prompt", "max_new_tokens", *bench.settings)
-    return {name: settings[name] for name in shown if name in settings}
+        name = differing(settings, run) if run else None
+        if name is not None:
+            raise InputError(
+                f"{path}: its run has another {name} than that of {paths[0]}; score one run at a time, or compare "
+                "them with `visualrwkv report`"
+            )
+    shown = ("model", "prompt", "dtype", "quantize", "max_new_tokens", "blank_image", *bench.settings)
+    return {name: settings[name] for name in shown if settings.get(name) is not None}
+
+
+def differing(known, settings, compared=COMPARED):
+    """The first of the compared settings that two runs do not share; None if there is none."""
+    return next((name for name in compared if name in settings and known.get(name) != settings[name]), None)
 
 
 def read_run(file):
@@ -143,7 +162,8 @@ def read_run(file):
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{file}: cannot be read ({type(error).__name__}); remove it, or the run it belongs to"
+            f"{file}: cannot be read ({type(error).__name__}), so nothing tells how the predictions beside it were "
+            "made; restore it, or use another folder"
         ) from None
 
 

@@ -89,7 +89,11 @@ class Benchmark:
         if pack:
             self.source = pack
             with understood(pack, "a question file in the LLaVA form"):
-                return self.numbered(self.from_pack(read_any(pack)))
+                questions = self.numbered(self.from_pack(read_any(pack)))
+            odd = next((q for q in questions if not isinstance(q.image, (str, type(None)))), None)
+            if odd:
+                raise InputError(f"{pack}: the picture of id {odd.id!r} is {odd.image!r}; it must be a file name")
+            return questions
         return self.numbered(self.convert())
 
     def from_pack(self, records):
@@ -109,6 +113,7 @@ class Benchmark:
         for question in questions:
             if not isinstance(question.id, (int, str)) or not isinstance(question.text, str) or not question.text:
                 raise InputError(f"{self.source}: the question with id {question.id!r} has no text; repair the file")
+            question.text = question.text.encode(errors="replace").decode()  # half a character cannot be written
             key = self.key(question.id)
             question.number = seen[key]
             seen[key] += 1
@@ -180,7 +185,7 @@ def read_any(path):
 def read_lines(path):
     """The objects of a JSON-lines file."""
     with understood(path, "a file of JSON lines"):
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for line in file:
                 if line.strip():
                     yield json.loads(line)
@@ -201,7 +206,7 @@ def write_text(path, text):
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        path.write_bytes(text if isinstance(text, bytes) else text.encode(errors="replace"))
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}; choose another --out") from None
 

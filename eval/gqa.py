@@ -52,7 +52,8 @@ class GQA(Benchmark):
         path, records = self._records()
         with understood(path, "a question file of GQA with answers"):
             for _, record in records:
-                _ = record["answer"], record["isBalanced"], record["types"], record["groups"], record["semantic"]
+                _ = record["answer"], record["isBalanced"], record["groups"]["global"], _steps(record)
+                _ = record["types"]["structural"], record["types"]["semantic"], record["question"].split()
         return [record for _, record in records]
 
     def judge(self, questions, gold, answers, protocol, seed=0):

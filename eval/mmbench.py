@@ -3,6 +3,7 @@
 import base64
 import csv
 import io
+import re
 from collections import defaultdict
 from functools import cached_property
 
@@ -29,20 +30,32 @@ class MMBench(Benchmark):
     protocols = {"circular": "every rotation right, letters by VLMEvalKit's exact matching"}
     suffix = OPTION
     files = {"dev": "mmbench_dev_20230712.tsv", "test": "mmbench_test_20230712.tsv"}
+    chinese = False
 
     def official(self, split):
-        return (self.files[split], *sorted(path.name for path in self.data.glob(f"*{split}*.tsv")))
+        """The legacy file, or one of a newer release, whose names differ: MMBench_DEV_EN.tsv, mmbench_dev_cn_...tsv."""
+        others = (path.name for path in sorted(self.data.glob("*.tsv")))
+        return tuple(dict.fromkeys((self.files[split], *filter(lambda name: self._is_of(split, name), others))))
+
+    def _is_of(self, split, name):
+        parts = re.split(r"[\W_]+", name.lower())
+        return parts[0] == "mmbench" and split in parts and ("cn" in parts) == self.chinese
+
+    def questions(self):
+        """Of the TSV alone, which `questions` of the constructor may name: the pictures are in it."""
+        return self.numbered(self.convert())
 
     def _rows(self):
         """(byte offset, {column: text}) of every row; the picture is left where it is."""
-        path = self.find(*dict.fromkeys(self.official(self.split)), origin="MMBench (opencompass, legacy TSV)")
+        path = self._questions or self.find(*self.official(self.split), origin=f"{self.title} (opencompass)")
         self.source = path
         with understood(path, "a TSV file of MMBench"):
             with open(path, "rb") as file:
                 lines = _Lines(file)
                 rows = csv.reader(lines, delimiter="\t")
                 csv.field_size_limit(1 << 30)
-                header = next(rows)
+                header = next(rows, [""])
+                header[0] = header[0].removeprefix("\ufeff")
                 if not {"index", "question", "A", "B"} <= set(header):
                     raise ValueError(f"its columns are {', '.join(header)[:100]}")
                 start = lines.read
@@ -54,8 +67,9 @@ class MMBench(Benchmark):
 
     def convert(self):
         for offset, row in self._rows():
-            hint = "" if row.get("hint", "").lower() in ("", "nan", "none") else row["hint"] + "\n"
-            yield Question(int(row["index"]), hint + row["question"] + letters(options(row)) + self.suffix, offset)
+            with understood(self.source, "a TSV file of MMBench"):
+                hint = "" if row.get("hint", "").lower() in ("", "nan", "none") else row["hint"] + "\n"
+                yield Question(int(row["index"]), hint + row["question"] + letters(options(row)) + self.suffix, offset)
 
     def picture(self, question):
         """The bytes of a picture; a rotated row of the newer files names the row that has it."""
@@ -70,7 +84,7 @@ class MMBench(Benchmark):
 
     def _image(self, offset):
         with open(self.source, "rb") as file:
-            header = next(csv.reader(io.StringIO(file.readline().decode()), delimiter="\t"))
+            header = next(csv.reader(io.StringIO(file.readline().decode("utf-8-sig")), delimiter="\t"))
             file.seek(offset)
             row = next(csv.reader(_Lines(file), delimiter="\t"))
             return row[header.index("image")]
@@ -100,7 +114,7 @@ class MMBench(Benchmark):
         passes = ["first" if question.id < ROTATION else "again" for question in questions]
         scores.values["vanilla accuracy, first pass"] = group_means(hits, passes)["first"]["score"]
         scores.values["vanilla accuracy, all rows"] = 100 * sum(hits) / len(hits)
-        scores.points = hits
+        scores.points, scores.unit = hits, "questions with their rotations"
         return scores
 
     def export(self, questions, answers, out):

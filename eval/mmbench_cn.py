@@ -8,5 +8,6 @@ class MMBenchCN(MMBench):
 
     name = "mmbench_cn"
     title = "MMBench-CN"
+    chinese = True
     suffix = "\n请直接回答选项字母。"
     files = {"dev": "mmbench_dev_cn_20231003.tsv", "test": "mmbench_test_cn_20231003.tsv"}

@@ -122,7 +122,7 @@ class MME(Benchmark):
         flat = rows.reshape(len(rows), -1)
         interval = bootstrap(flat, lambda sums: category_scores(sums)[:, :split].sum(1), seed)
         values = {"cognition": cognition, "total": perception + cognition}
-        return Scores("perception", perception, interval, values, {"category": groups}, points)
+        return Scores("perception", perception, interval, values, {"category": groups}, points, unit="pictures")
 
     def export(self, questions, answers, out):
         """A folder of files for the official tool; a missing answer is empty, which it counts as wrong."""

@@ -9,6 +9,7 @@ from visualrwkv.eval.scores import Scores, bootstrap, ratio
 
 CATEGORIES = ("adversarial", "popular", "random")
 _NO = {"No", "no", "not"}
+_OPPOSITE = {"yes": "no", "no": "yes"}
 _FIRST_ID = {"adversarial": 0, "popular": 10_000_000, "random": 20_000_000}  # the LLaVA pack counts from here
 
 
@@ -56,19 +57,31 @@ class POPE(Benchmark):
     def scored(self):
         return self.questions()  # ids are those of the question file
 
+    def numbered(self, questions):
+        numbered = super().numbered(questions)
+        for question in numbered:
+            if question.category not in CATEGORIES:
+                raise InputError(
+                    f"{self.source}: the category of id {question.id} is {question.category!r}; take the question file "
+                    "of POPE's own categories"
+                )
+        return numbered
+
     def gold(self, questions):
         labels = self._labels()
         lines = {category: iter(records) for category, (_, records) in labels.items()}
         result = []
         for question in questions:
-            path = labels[question.category][0] if question.category in labels else self.source
-            label = next(lines.get(question.category, iter(())), None)
+            path = labels[question.category][0]
+            label = next(lines[question.category], None)
             with understood(path, "a label file of POPE"):
                 if label is None or label["image"] != question.image or label["text"].strip() != first_line(question):
                     raise InputError(
                         f"{path}: its line for id {question.id} of {self.source} is about another picture or question; "
                         "take question file and label files of the same POPE revision (8,910 or 9,000 questions)"
                     )
+                if label["label"] not in _OPPOSITE:
+                    raise InputError(f"{path}: the label of id {question.id} is {label['label']!r}, not yes or no")
                 result.append(label["label"])
         left = {category: sum(1 for _ in rest) for category, rest in lines.items()}
         if any(left.values()):
@@ -80,11 +93,11 @@ class POPE(Benchmark):
         return result
 
     def judge(self, questions, gold, answers, protocol, seed=0):
-        rule, opposite = self._rules[protocol], {"yes": "no", "no": "yes"}
+        rule = self._rules[protocol]
         rows = np.zeros((len(questions), len(CATEGORIES), 5))  # TP, FP, TN, FN, questions
         points = []
         for row, question, label, answer in zip(rows, questions, gold, answers, strict=True):
-            said = opposite[label] if answer is None else rule(answer)
+            said = _OPPOSITE[label] if answer is None else rule(answer)
             counts = row[CATEGORIES.index(question.category)]
             counts[4] = 1
             if said is not None:

@@ -5,6 +5,7 @@ complete line of a key counts. Files of other tools in the LLaVA form are read a
 """
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from visualrwkv.prompt import MARKER
 def read_records(path):
     """(line number, id, record) of every complete record of a file; cut lines and lines without a text are left out."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
             for number, line in enumerate(file, 1):
                 try:
                     record = json.loads(line)
@@ -37,11 +38,16 @@ def record_id(record):
     return None
 
 
+def shard_files(folder):
+    """What `visualrwkv eval` wrote into a folder: `<n>_<k>.jsonl` for shard k of n."""
+    return sorted(path for path in folder.glob("*.jsonl") if re.fullmatch(r"\d+_\d+\.jsonl", path.name))
+
+
 def prediction_files(paths):
-    """The files meant by names of files and of run folders."""
+    """The files meant by names of files and of folders: those of a run, else all JSON lines in it."""
     files = []
     for path in map(Path, paths):
-        found = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        found = shard_files(path) or sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
         if not found:
             raise InputError(f"{path}: the folder holds no .jsonl file; pass the folder that `visualrwkv eval` wrote")
         files += found
@@ -67,8 +73,8 @@ class Predictions:
 def join(bench, questions, paths, nothing_is_fine=False):
     """Find the prediction of every question.
 
-    Where an id occurs more than once (TextVQA, MME) a record belongs to the question whose number it carries, or whose
-    words its prompt holds, or else to the next one in the order of the file.
+    Where an id occurs more than once (TextVQA, MME) a record belongs to the question whose words its prompt holds.
+    Without a prompt, or where two ask the same, its number tells, or else the order of the file.
 
     Args:
         bench: the benchmark.
@@ -77,7 +83,7 @@ def join(bench, questions, paths, nothing_is_fine=False):
         nothing_is_fine: accept files of which no record fits.
 
     Raises:
-        InputError: no record fits the questions, or a record's prompt asks something else.
+        InputError: no record fits the questions, a record's prompt asks something else, or it holds no reply.
     """
     slots: dict[str, list[int]] = {}
     for position, question in enumerate(questions):
@@ -92,17 +98,21 @@ def join(bench, questions, paths, nothing_is_fine=False):
                 result.unknown += 1
                 result.first_unknown = result.first_unknown or f"{path}, line {number}: id {id!r}"
                 continue
-            place = places[0]
-            if len(places) > 1:
-                place = _place(record, [(at, questions[at]) for at in places])
-                if place is None:
-                    place = places[turn.get(key, 0) % len(places)]
-                    turn[key] = turn.get(key, 0) + 1
-            elif not asks(record, questions[place]):
+            fitting = [place for place in places if asks(record, questions[place])]
+            if not fitting:
                 raise InputError(
                     f"{path}, line {number}: id {id!r} answers another question than "
-                    f"{bench.title} asks under this id ({first_line(questions[place])!r}); pass the predictions of "
+                    f"{bench.title} asks under this id ({first_line(questions[places[0]])!r}); pass the predictions of "
                     f"{bench.name}, split {bench.split}"
+                )
+            place = fitting[0] if len(places) == 1 else _place(record, [(at, questions[at]) for at in fitting])
+            if place is None:
+                place = places[turn.get(key, 0) % len(places)]
+                turn[key] = turn.get(key, 0) + 1
+            if not record.get("prompt") and record["text"] == questions[place].text:
+                raise InputError(
+                    f"{path}, line {number}: id {id!r} has the question as its text; pass predictions, not the "
+                    "question file"
                 )
             result.answers[place] = record["text"]
     if not nothing_is_fine and all(answer is None for answer in result.answers):
@@ -116,13 +126,18 @@ def join(bench, questions, paths, nothing_is_fine=False):
 
 
 def _place(record, candidates):
-    """Position of the question that a record with a repeated id answers; None if it does not tell."""
+    """Position of the question that a record with a repeated id answers; None if it does not tell.
+
+    The candidates are the questions that its prompt may hold. Numbers count in the order of one question file, so of
+    another one the words tell, and of a question that is a part of another one the longer.
+    """
     metadata = record.get("metadata")
     number = metadata.get("number") if isinstance(metadata, dict) else None
-    fitting = [(at, question) for at, question in candidates if question.number == number]
-    if not fitting and isinstance(record.get("prompt"), str):
-        fitting = [(at, question) for at, question in candidates if asks(record, question)]
-    return max(fitting, key=lambda entry: len(first_line(entry[1])))[0] if fitting else None
+    if record.get("prompt"):
+        longest = max(len(first_line(question)) for _, question in candidates)
+        candidates = [(at, question) for at, question in candidates if len(first_line(question)) == longest]
+        return next((at for at, question in candidates if question.number == number), candidates[0][0])
+    return next((at for at, question in candidates if question.number == number), None)
 
 
 def first_line(question):

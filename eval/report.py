@@ -65,8 +65,13 @@ def open_run(path, data=None):
     if not settings:
         raise InputError(f"{path}: holds no {RUN_FILE}; pass folders that `visualrwkv eval` wrote")
     chosen = {name: settings[name] for name in ("sqa_suffix", "ocr") if name in settings}
+    data = data or settings.get("data")
+    if not data:
+        raise InputError(
+            f"{path / RUN_FILE}: does not say where the benchmark's files are; pass their folder as --data"
+        )
     places = {"questions": settings.get("question_file"), "images": settings.get("images")}
-    bench = benchmark(settings["benchmark"], data or settings["data"], split=settings["split"], **places, **chosen)
+    bench = benchmark(settings["benchmark"], data, split=settings.get("split"), **places, **chosen)
     run = {"name": str(path), "settings": settings, "bench": bench, "result": None, "reason": None}
     try:
         run["result"] = score_files(bench, [path], each=True)
@@ -120,7 +125,7 @@ def score_table(runs):
         missing = f", {result['missing']} missing" if result["missing"] else ""
         rows.append(
             f'<tr>{name}<td class="number">{result["score"]:.2f}<br><small>{low:.2f} to {high:.2f}</small></td>'
-            f'<td>{scale}</td><td class="number">{result["questions"]}{missing}</td>'
+            f'<td>{scale}</td><td class="number">{result["counted"]}{missing}</td>'
             f"<td><small>{others}</small></td></tr>"
         )
     results = [run["result"] for run in runs if run["result"]]
@@ -128,7 +133,8 @@ def score_table(runs):
     if results:
         protocol = (
             f'<p class="soft">Protocol {escape(results[0]["protocol"]["name"])}: '
-            f"{escape(results[0]['protocol']['rule'])}. Intervals: 95 %, bootstrap over questions.</p>"
+            f"{escape(results[0]['protocol']['rule'])}. "
+            f"Intervals: 95 %, bootstrap over {results[0]['interval_over']}.</p>"
         )
     metric = escape(results[0]["metric"]) if results else "score"
     further = "further" if any(result["scores"] for result in results) else ""
@@ -218,7 +224,7 @@ def thumbnail(bench, question):
         picture.thumbnail((THUMBNAIL, THUMBNAIL))
         buffer = io.BytesIO()
         picture.save(buffer, "JPEG", quality=80)
-    except (InputError, OSError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's decoders answer broken data with almost any
         return f'<p class="soft">{escape(str(error))}</p>'
     data = base64.b64encode(buffer.getvalue()).decode()
     return f'<img alt="" src="data:image/jpeg;base64,{data}">'

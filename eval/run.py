@@ -18,23 +18,11 @@ from hashlib import sha256
 from pathlib import Path
 
 from visualrwkv.errors import InputError
-from visualrwkv.eval.commands import RUN_FILE, open_benchmark, read_run
-from visualrwkv.eval.predictions import join
+from visualrwkv.eval.commands import ASKED, COMPARED, RUN_FILE, differing, open_benchmark, read_run
+from visualrwkv.eval.predictions import join, shard_files
 from visualrwkv.prompt import build_prompt
 
 WINDOW = 4  # batches answered between two looks at the pictures; more would keep more features in memory
-# what the predictions of a run depend on; a model is the same if its fingerprint is
-_COMPARED = (
-    "benchmark",
-    "split",
-    "questions_sha256",
-    "fingerprint",
-    "dtype",
-    "quantize",
-    "prompt",
-    "max_new_tokens",
-    "blank_image",
-)
 
 
 def evaluate(arguments):
@@ -52,24 +40,24 @@ def evaluate(arguments):
         raise InputError(f"{out}: cannot be made: {error.strerror}; choose another --out") from None
     own = chunk(len(questions), shards, shard)
     settings = describe(arguments, bench, questions)
-    check_settings(out / RUN_FILE, settings, arguments.force)
+    check_settings(out, settings, arguments.force)
     with exclusive(out / f"{shards}_{shard}.jsonl") as file:
-        answers = earlier(bench, questions, out)
-        todo = [questions[index] for index in own if answers[index] is None]
-        if not todo:
-            # loading a model takes long and nothing is going to be mixed: its name tells enough
-            check_settings(out / RUN_FILE, {"model": settings["model"]}, arguments.force, ["model"])
-            print(f"{file.name}: all {len(own)} predictions are there", file=sys.stderr)
-            return
+        # also where all is answered: who runs the command for a changed model must not take its old answers for new
         vlm = load_model(arguments)
         settings |= describe_model(vlm)
-        check_settings(out / RUN_FILE, settings, arguments.force)
-        write_settings(out / RUN_FILE, settings)
-        end_line(file)
+        check_settings(out, settings, arguments.force)
+        answers = earlier(bench, questions, out)
+        todo = [questions[index] for index in own if answers[index] is None]
+        if todo:
+            write_settings(out / RUN_FILE, settings)
+            end_line(file)
+        else:
+            print(f"{file.name}: all {len(own)} predictions are there", file=sys.stderr)
         answerer = Answerer(
             vlm, bench, arguments.batch_size, arguments.max_new_tokens, arguments.workers, settings["blank_image"]
         )
-        failed = write_answers(answerer, todo, len(own), file, settings["model"])
+        failed = write_answers(answerer, todo, len(own), file, settings["model"]) if todo else []
+    wait_for_others()
     if failed:
         (first, reason), *_ = failed
         raise InputError(
@@ -95,10 +83,29 @@ def write_answers(answerer, todo, total, file, model_id):
                 record["error"] = answer.error
                 failed.append((question, answer.error))
             record["metadata"] = {"image_file": image, "number": question.number}
-            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-            file.flush()
+            try:
+                file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+                file.flush()
+            except OSError as error:
+                raise InputError(
+                    f"{file.name}: cannot be written: {error.strerror}; make room and run the same command again, "
+                    "what is written is kept"
+                ) from None
             bar.update()
     return failed
+
+
+def wait_for_others():
+    """torchrun ends all processes when one fails, so a process with unreadable pictures fails when all are done."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    from datetime import timedelta
+
+    from torch import distributed
+
+    distributed.init_process_group("gloo", timeout=timedelta(days=30))
+    distributed.barrier()
+    distributed.destroy_process_group()
 
 
 @dataclass
@@ -240,13 +247,15 @@ def which_shard(text, environment):
         if not (slash and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
             raise InputError(f"--shard {text!r}: use k/n with k from 0 to n - 1, for instance 0/4")
         shard, shards = int(first), int(last)
-    rank, world = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
-    return shards * world, shard * world + rank
+    rank, world = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise InputError(f"RANK is {rank!r} and WORLD_SIZE {world!r}; unset both, or set them as torchrun does")
+    return shards * int(world), shard * int(world) + int(rank)
 
 
 def earlier(bench, questions, out):
     """The answers that earlier runs wrote into the folder, None where there is none."""
-    files = [path for path in out.glob("*.jsonl") if path.stat().st_size]
+    files = [path for path in shard_files(out) if path.stat().st_size]
     return join(bench, questions, files, nothing_is_fine=True).answers if files else [None] * len(questions)
 
 
@@ -265,6 +274,8 @@ def exclusive(path):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise InputError(f"{path}: another run is writing it; wait for it, or use another --shard") from None
+            except OSError:  # a file system without locks, as some of clusters are
+                pass
         yield file
 
 
@@ -327,19 +338,30 @@ def describe_model(vlm):
     return {"fingerprint": vlm.fingerprint(), "dtype": dtype, "prompt": vlm.processor.prompt}
 
 
-def check_settings(path, settings, force, compared=_COMPARED):
-    """Refuse to go on with a run of other settings."""
+def check_settings(out, settings, force):
+    """Refuse to go on with a run of other questions, and of other settings unless they may be mixed."""
+    path = out / RUN_FILE
     known = read_run(path)
-    for name in compared if known and not force else ():
-        if name in settings and known.get(name) != settings[name]:
-            raise InputError(
-                f"{path}: the run there has {name} {known.get(name)!r}, this one {settings[name]!r}; "
-                "use another --out, or --force to mix them"
-            )
+    if not known and not force and any(file.stat().st_size for file in shard_files(out)):
+        raise InputError(
+            f"{path}: missing, so nothing tells how the predictions beside it were made; use another --out, or --force "
+            "to go on with them"
+        )
+    # answers to other questions are of no use, whatever may be mixed
+    name = differing(known, settings, ASKED if force else COMPARED) if known else None
+    if name is not None:
+        raise InputError(
+            f"{path}: the run there has {name} {known.get(name)!r}, this one {settings[name]!r}; "
+            f"use another --out{'' if name in ASKED else ', or --force to mix them'}"
+        )
 
 
 def write_settings(path, settings):
     """Several processes may start at once: each writes the same content, whole or not at all."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written: {error.strerror}; make room, or choose another --out") from None

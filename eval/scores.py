@@ -19,6 +19,8 @@ class Scores:
         values: further numbers by name.
         groups: {breakdown: {group: {"questions": n, "score": x, ...}}}.
         points: score of each question, in the order of the questions, None for those that do not count.
+        counted: how many questions `value` is about; None: all.
+        unit: what the bootstrap draws.
     """
 
     metric: str
@@ -27,6 +29,8 @@ class Scores:
     values: dict[str, float] = field(default_factory=dict)
     groups: dict[str, dict[str, dict]] = field(default_factory=dict)
     points: list[float | None] = field(default_factory=list)
+    counted: int | None = None
+    unit: str = "questions"
 
 
 def bootstrap(rows, statistic, seed=0):
@@ -78,6 +82,7 @@ def mean_scores(metric, points, answers, breakdowns=None, counted=None, seed=0):
         else {f"{metric} of the answered": 100 * float(ratio(points[done].sum(), done.sum()))},
         groups={title: group_means(points, names) for title, names in (breakdowns or {}).items()},
         points=[float(point) for point in points],
+        counted=int(inside.sum()),
     )
 
 
@@ -112,10 +117,11 @@ def table(result):
         lines.append(protocol["note"])
     missing = result["missing"]
     note = f", {missing} missing (counted as wrong)" if missing else ""
+    counted = "" if result["counted"] == result["questions"] else f"{result['counted']} counted of "
     width = max(map(len, [result["metric"], *result["scores"]]))
     lines.append(
         f"{result['metric']:{width}}  {result['score']:8.2f}   95 % interval {low:.2f} to {high:.2f}   "
-        f"{result['questions']} questions{note}"
+        f"{counted}{result['questions']} questions{note}"
     )
     lines += [f"{name:{width}}  {value:8.2f}" for name, value in result["scores"].items()]
     for title, groups in result["breakdown"].items():

@@ -119,5 +119,11 @@ class VQAv2(Benchmark):
             missing = [q.id for q, answer in zip(questions, answers, strict=True) if answer is None and q.id in dev]
             if missing:
                 print(f"{out}: {len(missing)} answers of test-dev are empty (first: id {missing[0]})", file=sys.stderr)
+        if self.split == "test-dev":
+            print(
+                f"{out}: holds test-dev alone, and the server takes all ids of test; put {_QUESTIONS['test']} (or "
+                f"{self.splits['test'][0]}) into {self.data} for a file that it accepts",
+                file=sys.stderr,
+            )
         records = zip(questions, answers, strict=True)
         write_json(out, [{"question_id": q.id, "answer": "" if a is None else evalai(a)} for q, a in records])

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from visualrwkv.cli import main
 from visualrwkv.errors import InputError
 from visualrwkv.eval import BENCHMARKS, benchmark
+from visualrwkv.eval.commands import score_files
 
 GOLDEN = Path(__file__).parent / "golden" / "eval"
 
@@ -126,6 +129,8 @@ def test_no_answer_reaches_a_question(name, tmp_path):
     source = GOLDEN / name.removesuffix("_cn")
     copy = without_answers(name, source, tmp_path / "copy")
     packs = [None, *sorted(copy.glob("questions*.json*"))]
+    if name == "mmbench_cn":  # the made-up file has an English name
+        packs = sorted(copy.glob("*.tsv"))
     for pack in packs:
         here = None if pack is None else source / pack.name
         options = {"ocr": False} if name == "textvqa" and pack is None else {}
@@ -138,3 +143,101 @@ def test_no_answer_reaches_a_question(name, tmp_path):
 def test_an_unknown_setting_is_refused():
     with pytest.raises(InputError, match="gqa does not know the setting ocr=True"):
         benchmark("gqa", GOLDEN / "gqa", ocr=True)
+
+
+def test_words_decide_where_an_id_occurs_twice(tmp_path):
+    """A run numbers the questions of its own file, which may have them in another order or not all of them."""
+    questions = benchmark("mme", GOLDEN / "mme").scored()
+    gold = benchmark("mme", GOLDEN / "mme").gold(questions)
+    for order in (1, -1):
+        lines, seen = [], Counter()
+        for question, label in list(zip(questions, gold, strict=True))[::order]:
+            record = {"question_id": question.id, "prompt": f"User: {question.text}\n", "text": label}
+            lines.append(json.dumps(record | {"metadata": {"number": seen[question.id]}}))
+            seen[question.id] += 1
+        (tmp_path / "p.jsonl").write_text("\n".join(lines))
+        result = score_files(benchmark("mme", GOLDEN / "mme"), [tmp_path / "p.jsonl"], each=True)
+        assert {point for *_, point in result["each"]} == {1.0} and result["interval_over"] == "pictures"
+    (tmp_path / "p.jsonl").write_text(json.dumps({**json.loads(lines[0]), "prompt": "User: Is it Monday?\n"}))
+    with pytest.raises(InputError, match="line 1: id .* answers another question"):
+        score_files(benchmark("mme", GOLDEN / "mme"), [tmp_path / "p.jsonl"])
+
+
+def test_a_question_file_is_no_prediction_file(tmp_path):
+    questions = GOLDEN / "pope/questions.jsonl"
+    with pytest.raises(InputError, match="questions.jsonl, line 1: id .* has the question as its text"):
+        score_files(benchmark("pope", GOLDEN / "pope"), [questions])
+    shutil.copy(questions, tmp_path / "questions.jsonl")
+    shutil.copy(GOLDEN / "pope/answers.jsonl", tmp_path / "1_0.jsonl")  # a run in the folder of the pack
+    assert score_files(benchmark("pope", GOLDEN / "pope"), [tmp_path])["missing"] == 0
+
+
+def test_a_byte_order_mark_costs_nothing(tmp_path):
+    def marked(path):
+        (tmp_path / path.name).write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        return tmp_path / path.name
+
+    for path in (GOLDEN / "pope/coco").iterdir():
+        marked(path)
+    marked(GOLDEN / "pope/questions.jsonl")
+    result = score_files(benchmark("pope", tmp_path), [marked(GOLDEN / "pope/answers.jsonl")])
+    assert result == score_files(benchmark("pope", GOLDEN / "pope"), [GOLDEN / "pope/answers.jsonl"])
+    table = marked(GOLDEN / "mmbench/mmbench_dev_made_up.tsv")
+    made, plain = (benchmark("mmbench", folder) for folder in (tmp_path, GOLDEN / "mmbench"))
+    assert [q.text for q in made.questions()] == [q.text for q in plain.questions()] and made.source == table
+    for ours, theirs in zip(made.questions()[::7], plain.questions()[::7], strict=True):
+        assert made.picture(ours) == plain.picture(theirs)
+
+
+def test_the_table_of_one_language_is_not_taken_for_the_other(tmp_path):
+    table = (GOLDEN / "mmbench/mmbench_dev_made_up.tsv").read_bytes()
+    names = {"mmbench": "MMBench_DEV_EN_V11.tsv", "mmbench_cn": "mmbench_dev_cn_20231003.tsv"}
+    for name, other in (("mmbench", "mmbench_cn"), ("mmbench_cn", "mmbench")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / names[name]).write_bytes(table)
+        assert benchmark(name, folder).questions()
+        with pytest.raises(InputError, match=r"\d+.tsv: missing"):
+            benchmark(other, folder).questions()
+        assert benchmark(other, folder, questions=folder / names[name]).questions()
+
+
+def changed(tmp_path, name, path, change):
+    """A copy of a benchmark's files with a change in one of them."""
+    folder = tmp_path / "changed"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(GOLDEN / name, folder)
+    text = (folder / path).read_text(encoding="utf-8")
+    assert change(text) != text
+    (folder / path).write_text(change(text), encoding="utf-8")
+    return folder
+
+
+def test_damaged_official_files_are_one_line(tmp_path, capsys):
+    cases = [
+        ("pope", "coco/coco_pope_popular.json", lambda text: text.replace('"yes"', '"Yes"', 1), "is 'Yes', not yes or"),
+        ("pope", "questions.jsonl", lambda text: text.replace('"popular"', '"default"', 1), "is 'default'; take"),
+        ("gqa", "testdev_balanced_questions.json", lambda text: text.replace('"argument"', '"argument_"', 1),
+         "it lacks 'argument'"),
+        ("mmbench", "mmbench_dev_made_up.tsv", lambda text: re.sub(r"\n(\d+)\t", r"\n\1.0\t", text, count=1),
+         "not a TSV file of MMBench"),
+    ]  # fmt: skip
+    for name, path, change, words in cases:
+        folder = changed(tmp_path, name, path, change)
+        code, out, err = run_cli(
+            capsys, "score", name, "--data", folder, "--predictions", GOLDEN / name / "answers.jsonl"
+        )
+        assert code == 2 and out == "" and words in err and err.count("\n") == 1, (name, err)
+        assert str(folder / path) in err
+    code, _, err = run_cli(capsys, "score", "pope", "--data", GOLDEN / "pope", "--predictions", "x", "--seed", "-1")
+    assert code == 2 and err == "visualrwkv: error: --seed is -1; use a whole number from 0\n"
+
+
+def test_odd_questions_of_a_pack(tmp_path):
+    lines = ['{"question_id": 1, "text": "Half \\ud83d?", "image": "a.jpg"}']
+    (tmp_path / "q.jsonl").write_text("\n".join(lines))
+    (question,) = benchmark("vqav2", tmp_path, questions=tmp_path / "q.jsonl").questions()
+    assert question.text == "Half ??"  # half a character could not be written
+    (tmp_path / "q.jsonl").write_text('{"question_id": 1, "text": "What?", "image": 7}')
+    with pytest.raises(InputError, match="q.jsonl: the picture of id 1 is 7; it must be a file name"):
+        benchmark("vqav2", tmp_path, questions=tmp_path / "q.jsonl").questions()

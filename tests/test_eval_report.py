@@ -91,6 +91,28 @@ def test_a_run_alone_and_one_that_has_no_local_score(pope_runs, capsys):
     assert f"{folder}: not scored" in capsys.readouterr().err
 
 
+def test_a_damaged_picture_is_said_and_not_shown(pope_runs):
+    folder, data = pope_runs / "data/val2014", b""
+    for path in folder.iterdir():
+        Image.new("RGB", (64, 32)).save(path, "PNG")
+        data = path.read_bytes()
+        at = data.index(b"IDAT")
+        path.write_bytes(data[: at - 4] + b"\0\0\0\1" + data[at:])  # a wrong length: Pillow has a SyntaxError for it
+    code, page = report(pope_runs, "one", "two")
+    assert code == 0 and page.sources == [] and "broken PNG file" in " ".join(page.text)
+
+
+def test_a_run_whose_files_are_elsewhere(pope_runs, capsys):
+    file = pope_runs / "one/run.json"
+    settings = json.loads(file.read_text())
+    data = settings.pop("data")
+    file.write_text(json.dumps(settings))
+    code, _ = report(pope_runs, "one")
+    assert code == 2 and "run.json: does not say where" in capsys.readouterr().err
+    code, page = report(pope_runs, "one", more=["--data", data])
+    assert code == 0 and "70.73" in " ".join(page.text)
+
+
 def test_what_is_no_run_is_refused(pope_runs, capsys):
     code, _ = report(pope_runs, "data")
     assert code == 2 and "data: holds no run.json; pass folders" in capsys.readouterr().err

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from visualrwkv.cli import main
-from visualrwkv.eval import benchmark
+from visualrwkv.errors import InputError
+from visualrwkv.eval import benchmark, run
 from visualrwkv.eval.common import Question
 from visualrwkv.eval.run import Answerer, chunk, prompt_text, which_shard, windows
 
@@ -45,6 +46,9 @@ def test_prompts_are_those_of_the_reference(name, prompts):
     folder = GOLDEN / name.removesuffix("_cn")
     pack = folder / PACKS.get(name, "questions.jsonl")
     official = {"ocr": False} if name == "textvqa" else {}
+    if name == "mmbench_cn":  # the made-up file has an English name
+        pack = folder / "mmbench_dev_made_up.tsv"
+        official = {"questions": pack}
     made = benchmark(name, folder, **official).numbered(benchmark(name, folder, **official).convert())
     read = benchmark(name, folder, questions=pack if pack.exists() else None).questions()
     assert len(made) == len(read)
@@ -101,6 +105,9 @@ def test_shards_are_those_of_the_reference_and_never_missing():
 def test_torchrun_divides_each_shard():
     assert which_shard(None, {}) == (1, 0)
     assert which_shard("1/3", {}) == (3, 1)
+    for rank, world in (("3", "1"), ("x", "2"), ("", "2"), ("0", "0")):
+        with pytest.raises(InputError, match=f"RANK is '{rank}' and WORLD_SIZE '{world}'"):
+            which_shard(None, {"RANK": rank, "WORLD_SIZE": world})
     assert [which_shard("1/2", {"RANK": str(rank), "WORLD_SIZE": "2"}) for rank in range(2)] == [(4, 2), (4, 3)]
 
 
@@ -360,3 +367,88 @@ def test_drawn_scenes_end_to_end(name, scenes, tmp_path, capsys):
     assert 0 <= low <= result["score"] <= high <= 100
     assert run_cli("export", name, "--data", data, "--predictions", tmp_path / "run", "--out", tmp_path / "up") == 0
     assert (tmp_path / "up").exists()
+
+
+def test_torchrun_answers_all_that_can_be_asked(loaded, random_folder, scenes, tmp_path, monkeypatch):
+    """The process with a broken picture has nothing else to do and fails first; the other one must not be stopped."""
+    data, out = tmp_path / "vqav2", tmp_path / "run"
+    shutil.copytree(scenes / "vqav2", data)
+    questions = benchmark("vqav2", data).questions()
+    (data / "val2014" / questions[0].image).write_bytes(b"broken")
+    affected = {question.id for question in questions if question.image == questions[0].image}
+    call = ["eval", "vqav2", "--data", data, "--out", out, "--model", random_folder, "--max-new-tokens", 300]
+    assert run_cli(*call, "--shard", "0/2") == 2
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, "-m", "visualrwkv.cli", *map(str, call)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1 and f"id {questions[0].id}: " in done.stderr, done.stderr
+    assert {record["question_id"] for record in records(out)} == {question.id for question in questions} - affected
+
+
+def test_a_full_disk_is_named_and_loses_nothing(loaded, scenes, tmp_path, capsys, monkeypatch):
+    call = ["eval", "vqav2", "--data", scenes / "vqav2", "--out", tmp_path, *loaded]
+    whole = len(benchmark("vqav2", scenes / "vqav2").questions())
+
+    class Full:
+        def __init__(self, file):
+            self._file, self._left = file, 3
+
+        def __getattr__(self, name):
+            return getattr(self._file, name)
+
+        def write(self, data):
+            self._left -= 1
+            if self._left < 0:
+                raise OSError(28, "No space left on device")
+            return self._file.write(data)
+
+    original = run.write_answers
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_answers", lambda *a: original(*a[:3], Full(a[3]), *a[4:]))
+        assert run_cli(*call) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / '1_0.jsonl'}: cannot be written: No space left on device" in last
+    assert len(records(tmp_path)) == 3
+    assert run_cli(*call) == 0 and len(records(tmp_path)) == whole
+    # the settings are written whole or not at all
+    monkeypatch.setattr(Path, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert run_cli(*call[:5], tmp_path / "new", *loaded) == 2
+    assert "run.json: cannot be written: No space left" in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["1_0.jsonl"]
+
+
+def test_predictions_without_their_settings_are_not_gone_on_with(loaded, scenes, tmp_path, capsys):
+    call = ["eval", "vqav2", "--data", scenes / "vqav2", "--out", tmp_path, *loaded]
+    assert run_cli(*call, "--shard", "0/2") == 0
+    (tmp_path / "run.json").unlink()
+    capsys.readouterr()
+    assert run_cli(*call) == 2 and "run.json: missing, so nothing tells how" in capsys.readouterr().err
+    assert run_cli(*call, "--force") == 0
+    (tmp_path / "run.json").write_text("{")
+    capsys.readouterr()
+    assert run_cli(*call) == 2 and "run.json: cannot be read (JSONDecodeError)" in capsys.readouterr().err
+
+
+def test_a_complete_run_is_not_taken_for_that_of_another_model(loaded, scenes, tmp_path, capsys, monkeypatch):
+    call = ["eval", "vqav2", "--data", scenes / "vqav2", "--out", tmp_path, *loaded]
+    assert run_cli(*call) == 0
+    capsys.readouterr()
+    assert run_cli(*call) == 0 and "predictions are there" in capsys.readouterr().err
+    monkeypatch.setattr("visualrwkv.VisualRWKV.fingerprint", lambda self: "another")
+    assert run_cli(*call) == 2 and "the run there has fingerprint" in capsys.readouterr().err
+
+
+def test_two_runs_make_no_score(loaded, scenes, tmp_path, capsys):
+    call = ["eval", "pope", "--data", scenes / "pope", *loaded]
+    for name, shard, tokens in (("a", "0/2", 4), ("b", "1/2", 4), ("c", "0/2", 3)):
+        assert run_cli(*call, "--out", tmp_path / name, "--shard", shard, "--max-new-tokens", tokens) == 0
+    capsys.readouterr()
+    score = ["score", "pope", "--data", scenes / "pope", "--json", "--predictions", tmp_path / "a"]
+    assert run_cli(*score, tmp_path / "b") == 0  # shards of two machines
+    settings = json.loads(capsys.readouterr().out)["protocol"]["run"]
+    assert settings["dtype"] == "float32" and settings["max_new_tokens"] == 4 and settings["blank_image"] is False
+    assert run_cli(*score, tmp_path / "c") == 2
+    assert "c: its run has another max_new_tokens than that of" in capsys.readouterr().err
