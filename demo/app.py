@@ -18,13 +18,14 @@ from starlette.middleware import Middleware
 from visualrwkv import InputError
 from visualrwkv.demo import examples, panel
 from visualrwkv.demo.guard import Guard
-from visualrwkv.demo.models import PROMPTS, SCANS, Models
+from visualrwkv.demo.models import EMBEDDED, PROMPTS, SCANS, Models
 from visualrwkv.demo.sessions import Sessions
 from visualrwkv.demo.talk import Limits, Talk
 from visualrwkv.demo.texts import LANGUAGES, language_of, text
 from visualrwkv.loading import one_line
 
 STYLE = Path(__file__).with_name("style.css")
+SCRIPT = Path(__file__).with_name("page.js")
 KEEP_FILES = 3600  # seconds until an uploaded file that no session uses is deleted
 THEME = gr.themes.Base(
     primary_hue="teal",
@@ -33,11 +34,15 @@ THEME = gr.themes.Base(
     radius_size="lg",
     font=["system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"],
     font_mono=["ui-monospace", "Consolas", "monospace"],
+).set(
+    body_text_color_subdued="*neutral_500",
+    input_placeholder_color="*neutral_500",
+    input_placeholder_color_dark="*neutral_400",
 )
 
 
-def build(talk: Talk, concurrency: int) -> gr.Blocks:
-    """The page. `concurrency` is how many replies are written at the same time."""
+def build(talk: Talk) -> gr.Blocks:
+    """The page."""
     start = "en"
     translated = []  # (component, {property: key of a text, or function of the language})
 
@@ -49,6 +54,11 @@ def build(talk: Talk, concurrency: int) -> gr.Blocks:
         return text(start, key)
 
     model, prompt, scan = talk.models.default
+
+    def placeholder(language):
+        words = [text(language, "welcome")] + [text(language, "welcome_embedded")] * (model == EMBEDDED)
+        return f'<div class="welcome">{"".join(f"<p>{word}</p>" for word in words)}</div>'
+
     with gr.Blocks(
         title="VisualRWKV", analytics_enabled=False, delete_cache=(600, KEEP_FILES), fill_width=True
     ) as page:
@@ -68,10 +78,11 @@ def build(talk: Talk, concurrency: int) -> gr.Blocks:
                     allow_tags=False,
                     buttons=[],
                     feedback_options=None,
-                    placeholder=_placeholder(start),
+                    placeholder=placeholder(start),
                     allow_file_downloads=False,
+                    autoscroll=False,  # page.js follows a reply, unless its reader has scrolled up
                 )
-                say_in(chatbot, placeholder=_placeholder)
+                say_in(chatbot, placeholder=placeholder)
                 gallery = gr.Gallery(
                     _captioned(talk.examples, start),
                     columns=4,
@@ -80,7 +91,7 @@ def build(talk: Talk, concurrency: int) -> gr.Blocks:
                     container=False,
                     allow_preview=False,
                     buttons=[],
-                    object_fit="cover",
+                    object_fit="contain",
                     interactive=False,
                     elem_id="examples",
                 )
@@ -100,7 +111,7 @@ def build(talk: Talk, concurrency: int) -> gr.Blocks:
                     container=False,
                     file_types=["image"],
                     file_count="multiple",
-                    max_plain_text_length=talk.limits.characters,
+                    max_plain_text_length=1_000_000,  # a longer text would become a file; `say` has the limit
                     max_lines=6,
                     elem_id="box",
                     autofocus=True,
@@ -141,21 +152,22 @@ def build(talk: Talk, concurrency: int) -> gr.Blocks:
             "inputs": [box, *setting, *sampling],
             "outputs": outputs,
             "show_progress": "hidden",
-            "concurrency_limit": concurrency,
+            "concurrency_limit": talk.limits.replies,
             "concurrency_id": "reply",
         }
+        box.submit(talk.queued, [language], None, **light)
         box.submit(talk.say, **reply, api_name="say")
         box.stop(talk.stop, **private, queue=False)
-        gallery.select(talk.example, [language], [box], **light).then(talk.say, **reply, api_visibility="private")
-        replied_again = reply | {"inputs": [again, *setting, *sampling], "api_visibility": "private"}
-        retry.click(talk.take_back, setting, [*outputs, again], **light).then(talk.say, **replied_again)
-        new.click(talk.new, setting, outputs, **light)
+        of_a_draft = reply | {"inputs": [again, *setting, *sampling], "api_visibility": "private"}
+        gallery.select(talk.example, [language], [again], **light).then(talk.say, **of_a_draft)
+        retry.click(talk.take_back, setting, [*outputs, again], **light).then(talk.say, **of_a_draft)
+        gr.on([new.click, chatbot.clear], talk.new, setting, outputs, **light)
         undo.click(talk.undo, setting, outputs, **light)
         edit.click(talk.edit, setting, outputs, **light)
         fork.click(talk.fork, setting, outputs, **light)
         branches.input(talk.switch, [branches, *setting], outputs, **light)
         for control in reading:
-            control.input(talk.setting, setting, [*outputs, reading[0]], **light)
+            control.input(talk.setting, setting, [*outputs, *reading], **light)
         save.click(talk.save, [language], [download], **light).then(None, [download], None, js=_DOWNLOAD)
         upload.upload(talk.load, [upload, *setting], [*outputs, *reading], **light)
         photograph.click(talk.open_camera, [camera_open], [camera, camera_open], **light)
@@ -164,11 +176,15 @@ def build(talk: Talk, concurrency: int) -> gr.Blocks:
         def translate(language):
             return [_in_language(keys, language) for _, keys in translated]
 
-        def pick_language(request: gr.Request):
-            return language_of(request.headers.get("accept-language"))
+        def pick_language(chosen, request: gr.Request):
+            return chosen or language_of(request.headers.get("accept-language"))
 
         spoken = [component for component, _ in translated]
-        page.load(pick_language, None, [language], **light)
+        page.load(None, None, None, js=SCRIPT.read_text(encoding="utf-8"))
+        picked = page.load(pick_language, [language], [language], js="() => window.visualrwkv.language()", **light)
+        for event in (picked.then, language.change):
+            event(None, [language], None, js="language => { document.documentElement.lang = language; }")
+        language.input(None, [language], None, js="language => window.visualrwkv.choose(language)")
         language.change(translate, [language], spoken, **light).then(talk.show, setting, outputs, **light)
         page.unload(talk.leave)
     return page
@@ -188,10 +204,6 @@ def _in_language(keys, language):
 
 def _brand(language):
     return f"<h1>Visual<span>RWKV</span></h1><p>{text(language, 'tagline')}</p>"
-
-
-def _placeholder(language):
-    return f'<div class="welcome">{text(language, "welcome")}</div>'
 
 
 def _captioned(drawn, language):
@@ -228,7 +240,8 @@ def _sampling(say_in, limits, start):
         slider("temperature", 0, 2, 0, 0.05),
         slider("top_p", 0.05, 1, 1, 0.05),
         slider("top_k", 0, 200, 0, 1),
-        say_in(gr.Number(None, label=text(start, "seed"), precision=0, minimum=0, maximum=2**31 - 1), label="seed"),
+        # a number field would show 0 where it is empty
+        say_in(gr.Textbox("", max_lines=1, label=text(start, "seed"), elem_id="seed"), label="seed"),
         slider("presence_penalty", 0, 2, 0, 0.05),
         slider("frequency_penalty", 0, 2, 0, 0.05),
         slider("penalty_decay", 0.9, 1, 0.996, 0.001),
@@ -282,8 +295,8 @@ class Server:
         os.environ["GRADIO_TEMP_DIR"] = str(self._own)  # where gradio's components and routes keep files
         try:
             self.sessions = Sessions(self._own / "sessions", sessions, 60 * idle, grace)
-            talk = Talk(self.models, self.sessions, examples.draw(self._own / "examples"), Limits())
-            self.page = build(talk, concurrency)
+            talk = Talk(self.models, self.sessions, examples.draw(self._own / "examples"), Limits(replies=concurrency))
+            self.page = build(talk)
             self.page.queue(api_open=False, max_size=queue, default_concurrency_limit=8)
             _, self.url, self.share_url = self.page.launch(
                 server_name=host,

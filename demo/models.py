@@ -34,7 +34,7 @@ class Models:
             else:
                 self._names[self._free_label(name)] = name
         self._names.setdefault(EMBEDDED, None)
-        self._loaded, self._lock = {}, threading.Lock()
+        self._loaded, self._locks = {}, {label: threading.Lock() for label in self._names}
         first = self.get(self.labels[0])
         self.default = (self.labels[0], first.model.config.prompt, first.model.config.scan)
 
@@ -56,13 +56,18 @@ class Models:
             raise InputError(f"{label!r} is not offered here; the models are {', '.join(self._names)}")
         if prompt not in (None, *PROMPTS) or scan not in (None, *SCANS):
             raise InputError(f"prompt {prompt!r}, scan {scan!r}: use one of {', '.join(PROMPTS)}; {', '.join(SCANS)}")
-        with self._lock:
-            if (label, None, None) not in self._loaded:
-                self._loaded[label, None, None] = visualrwkv.load(self._names[label], **self._options)
-            key = (label, prompt, scan)
-            if key not in self._loaded:
-                self._loaded[key] = reading_as(self._loaded[label, None, None], prompt, scan)
-            return self._loaded[key]
+        key = (label, prompt, scan)
+        if key not in self._loaded:
+            with self._locks[label]:  # of each model its own: nobody waits for a model that others pick
+                if not self.is_loaded(label):
+                    self._loaded[label, None, None] = visualrwkv.load(self._names[label], **self._options)
+                if key not in self._loaded:
+                    self._loaded[key] = reading_as(self._loaded[label, None, None], prompt, scan)
+        return self._loaded[key]
+
+    def is_loaded(self, label: str) -> bool:
+        """Whether a model is in memory."""
+        return (label, None, None) in self._loaded
 
     def owner(self, file: Path, setting: tuple):
         """Continue a saved conversation with the model in use, under the scan that it was held with.
@@ -82,7 +87,8 @@ class Models:
         raise errors[0]
 
     def _free_label(self, name):
-        label = name if not Path(name).expanduser().exists() else Path(name).expanduser().resolve().name
+        path = Path(name).expanduser()
+        label = path.resolve().name if path.exists() or path.is_absolute() else name
         number = 1
         while label in (*self._names, EMBEDDED):
             number += 1

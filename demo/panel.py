@@ -93,8 +93,11 @@ def html(numbers: Figures, language: str) -> str:
         for key, value in cells
     )
     cut = f'<p class="note">{text(language, "cut")}</p>' if numbers.cut else ""
+    # on narrow pages this line stays at the top, and the panel stands below the conversation
+    sizes = {"state": size(numbers.state_bytes), "cache": size(numbers.cache_bytes)}
     return (
-        f'<section class="panel"><h2>{text(language, "memory")}</h2>{state}{cache}'
+        f'<p class="summary">{text(language, "summary", **sizes)}</p><section class="panel">'
+        f"<h2>{text(language, 'memory')}</h2>{state}{cache}"
         f'<p class="verdict">{verdict}</p><div class="grid">{grid}</div>{cut}</section>'
     )
 

@@ -21,6 +21,7 @@ from visualrwkv.image_processing import load_image
 
 BRANCHES = "ABCD"
 REFRESH = 0.05  # seconds between two pictures of a growing reply
+REFRESH_PANEL = 0.5  # and of the figures meanwhile
 SHOWN_SIDE = 768  # pixels; the page shows the picture as the model was given it, reduced to this
 READY = {"submit_btn": True, "stop_btn": False}
 WRITING = {"submit_btn": False, "stop_btn": True}
@@ -28,11 +29,13 @@ WRITING = {"submit_btn": False, "stop_btn": True}
 
 @dataclass(frozen=True)
 class Limits:
-    """What one message may hold."""
+    """What one message may hold, and how many replies are written at the same time."""
 
     pictures: int = 4
     characters: int = 4000
     new_tokens: int = 1024
+    seed: int = 2**31 - 1
+    replies: int = 2
 
 
 class Talk:
@@ -40,6 +43,7 @@ class Talk:
 
     def __init__(self, models: Models, sessions: Sessions, examples: list[Example], limits: Limits):
         self.models, self.sessions, self.examples, self.limits = models, sessions, examples, limits
+        self._writing: set[Session] = set()
 
     # Writing a reply.
 
@@ -55,25 +59,27 @@ class Talk:
         temperature: float,
         top_p: float,
         top_k: int,
-        seed: int | None,
+        seed: str,
         presence_penalty: float,
         frequency_penalty: float,
         penalty_decay: float,
         stop: str,
         request: gr.Request,
     ):
-        """Send a message, {"text": ..., "files": [...]}; the reply comes piece by piece."""
+        """Send a message, {"text": ..., "files": [...]}; the reply comes piece by piece.
+
+        A message with the key "draft" does not come from the text box, which keeps what is in it.
+        """
         if message is None:  # a message to answer again that could not be taken back
             yield (gr.skip(),) * 4
             return
-        asked, files = (message.get("text") or "").strip(), [str(path) for path in message.get("files") or ()]
         setting = (model, prompt, scan)
         sampling = {
             "max_new_tokens": min(int(max_new_tokens), self.limits.new_tokens),
             "temperature": temperature,
             "top_p": top_p,
             "top_k": int(top_k),
-            "seed": None if seed is None else int(seed),
+            "seed": seed,
             "presence_penalty": presence_penalty,
             "frequency_penalty": frequency_penalty,
             "penalty_decay": penalty_decay,
@@ -83,17 +89,22 @@ class Talk:
         if session is None:
             yield self._show(None, language, setting, gr.skip())
         elif not session.lock.acquire(timeout=5):
-            gr.Warning(text(language, "busy"))
+            _warn(language, text(language, "busy"))
             yield (gr.skip(),) * 4
         else:
+            self._writing.add(session)
             try:  # the lock is held until the page has the last word, so that nothing older overwrites what follows
-                yield from self._reply(session, language, setting, asked, files, sampling, look_again)
+                yield from self._reply(session, language, setting, message, sampling, look_again)
             finally:
+                self._writing.discard(session)
                 session.lock.release()
 
-    def _reply(self, session, language, setting, asked, files, sampling, look_again):
+    def _reply(self, session, language, setting, message, sampling, look_again):
         session.halt.clear()
+        asked, files = (message.get("text") or "").strip(), [str(path) for path in message.get("files") or ()]
+        unsent = gr.update(value={"text": asked, "files": files}) if "draft" in message else gr.skip()
         try:
+            sampling = sampling | {"seed": self._seed(sampling["seed"], language)}
             if not asked:
                 raise InputError(text(language, "empty"))
             if len(asked) > self.limits.characters:
@@ -109,11 +120,11 @@ class Talk:
             shown = [_save_reduced(session, picture) for picture in pictures]
             sources = [session.keep(path) for path in files]
         except InputError as error:
-            _warn(error)
-            yield self._show(session, language, setting, gr.skip())
+            _warn(language, error)
+            yield self._show(session, language, setting, unsent)
             return
-        branch, said, last = session.branch, "", 0.0
-        box = gr.update(value={"text": "", "files": []}, **WRITING)
+        branch, said, last, counted = session.branch, "", 0.0, 0.0
+        box = gr.update(**WRITING) if "draft" in message else gr.update(value={"text": "", "files": []}, **WRITING)
         yield _messages(branch, language, (asked, shown, "")), box, gr.skip(), gr.skip()
         turns = len(branch.chat.transcript)
         try:
@@ -122,12 +133,15 @@ class Talk:
                 if session.halt.is_set():
                     break
                 if time.monotonic() - last >= REFRESH:
-                    last = time.monotonic()
-                    yield _messages(branch, language, (asked, shown, said)), gr.skip(), gr.skip(), gr.skip()
+                    last, figures = time.monotonic(), gr.skip()
+                    if last - counted >= REFRESH_PANEL:
+                        counted, numbers = last, panel.figures(self.models.get(*setting), branch.chat)
+                        figures = panel.html(numbers, language)
+                    yield _messages(branch, language, (asked, shown, said)), gr.skip(), figures, gr.skip()
         except InputError as error:
-            _warn(error)
+            _warn(language, error)
         except RuntimeError as error:  # out of memory, for instance: the page goes on, the conversation is as before
-            _warn(text(language, "failed", reason=str(error).splitlines()[0]))
+            _warn(language, text(language, "failed", reason=str(error).splitlines()[0]))
         finally:
             stream.close()
             answered = len(branch.chat.transcript) > turns
@@ -136,6 +150,18 @@ class Talk:
                 branch.sources.append(sources)
         box = gr.update(**READY) if answered else gr.update(value={"text": asked, "files": sources}, **READY)
         yield self._show(session, language, setting, box)
+
+    def _seed(self, given, language) -> int | None:
+        """What the field of the seed says; empty is None."""
+        given = "" if given is None else str(given).strip()
+        if given and not (given.isascii() and given.isdecimal() and int(given) <= self.limits.seed):
+            raise InputError(text(language, "bad_seed", given=given[:20], limit=self.limits.seed))
+        return int(given) if given else None
+
+    def queued(self, language):
+        """A word for whoever has to wait."""
+        if len(self._writing) >= self.limits.replies:
+            _info(language, text(language, "waiting"))
 
     def stop(self, request: gr.Request):
         """End the reply that is being written; what was said stays."""
@@ -151,19 +177,30 @@ class Talk:
 
     def new(self, language, model, prompt, scan, request: gr.Request):
         """Forget everything, or begin again with another model or way of reading."""
-        return self._change(request, language, (model, prompt, scan), lambda session: session.restart())
+        setting = (model, prompt, scan)
+        return self._change(request, language, setting, lambda session: session.restart(setting))
 
     def setting(self, language, model, prompt, scan, request: gr.Request):
-        """Another model or way of reading: loads it and begins anew. Returns the model's label in the end."""
-        try:
-            self.models.get(model, prompt, scan)
-        except InputError as error:
-            _warn(error)
-            model = self.models.default[0]
-        session = self.sessions.peek(_key(request))
+        """Another model or way of reading: loads it and begins anew. Returns the setting in the end, too.
+
+        Where nothing changes (menus report a look at them, too) or the model cannot be loaded, all stays as it is.
+        """
+        picked, session = (model, prompt, scan), self.sessions.peek(_key(request))
+        before = session.setting if session and session.setting else self.models.default
+        if picked != before:
+            try:
+                if not self.models.is_loaded(model):
+                    _info(language, text(language, "loading", model=html.escape(str(model))))
+                self.models.get(*picked)
+            except InputError as error:
+                _warn(language, error)
+                picked = before
+        if picked == before:
+            return *(gr.skip(),) * 4, *before
         if session and session.branches:
-            gr.Info(text(language, "restarted"))
-        return *self.new(language, model, prompt, scan, request), model
+            _info(language, text(language, "restarted"))
+        shown = self._change(request, language, picked, lambda session: session.restart(picked))
+        return *shown, *picked
 
     def undo(self, language, model, prompt, scan, request: gr.Request):
         """Take back the last turn."""
@@ -172,6 +209,7 @@ class Talk:
     def edit(self, language, model, prompt, scan, request: gr.Request):
         """Take back the last turn and put its message into the box again."""
         *shown, message = self.take_back(language, model, prompt, scan, request, pictures_needed=False)
+        message = message and {"text": message["text"], "files": message["files"]}
         return shown[0], gr.skip() if message is None else gr.update(value=message, **READY), *shown[2:]
 
     def take_back(self, language, model, prompt, scan, request: gr.Request, pictures_needed=True):
@@ -194,7 +232,7 @@ class Talk:
                 raise InputError(text(language, "forks_full", limit=len(BRANCHES)))
             session.branches.append(session.branch.fork())
             session.current = len(session.branches) - 1
-            gr.Info(text(language, "forked", name=BRANCHES[session.current]))
+            _info(language, text(language, "forked", name=BRANCHES[session.current]))
 
         return self._change(request, language, (model, prompt, scan), act)
 
@@ -215,7 +253,7 @@ class Talk:
         session.halt.set()
         with session.lock:
             if session.branch is None or not session.branch.chat.transcript:
-                gr.Info(text(language, "nothing"))
+                _info(language, text(language, "nothing"))
                 return None
             path = session.file(time.strftime("visualrwkv-%Y%m%d-%H%M.safetensors"))
             session.branch.chat.save(path)
@@ -237,7 +275,7 @@ class Talk:
             setting[0] = found
             turns = len(chat.transcript) // 2
             session.branch.shown, session.branch.sources = [None] * turns, [None] * turns  # the file holds no pictures
-            gr.Info(text(language, "loaded", turns=turns))
+            _info(language, text(language, "loaded", turns=turns))
 
         shown = self._change(request, language, setting[0], act)
         return *self._show(self.sessions.peek(_key(request)), language, setting[0], shown[1]), *setting[0]
@@ -245,10 +283,10 @@ class Talk:
     # Small things around it.
 
     def example(self, language, chosen: gr.SelectData):
-        """The message of an example."""
+        """The message of an example; what is in the text box stays there."""
         index = chosen.index if isinstance(chosen.index, int) else chosen.index[0]
         example = self.examples[index % len(self.examples)]
-        return {"text": example.questions[language], "files": [example.picture]}
+        return {"text": example.questions[language], "files": [example.picture], "draft": True}
 
     def open_camera(self, is_open):
         """Open the camera, or close it."""
@@ -273,7 +311,11 @@ class Talk:
         try:
             return self.sessions.open(_key(request))
         except Ended as ended:
-            gr.Warning(text(language, ended.reason, minutes=round(self.sessions.idle / 60)), duration=None)
+            gr.Warning(
+                text(language, ended.reason, minutes=round(self.sessions.idle / 60)),
+                duration=None,
+                title=text(language, "note"),
+            )
             return None
 
     def _change(self, request, language, setting, act):
@@ -285,7 +327,7 @@ class Talk:
                 try:
                     act(session)
                 except InputError as error:
-                    _warn(error)
+                    _warn(language, error)
                 return self._show(session, language, setting, gr.update(**READY))
         return self._show(None, language, setting, gr.update(**READY))
 
@@ -293,20 +335,20 @@ class Talk:
         """Undo the last turn; returns its message, or None with a word about it where that cannot be done."""
         branch = session.branch
         if branch is None or not branch.chat.transcript:
-            gr.Info(text(language, "nothing"))
+            _info(language, text(language, "nothing"))
             return None
         sources = branch.sources[-1]
         there = [path for path in sources or [] if Path(path).is_file()]
         lost = branch.chat.transcript[-2]["images"] if sources is None else len(sources) - len(there)
         if lost and pictures_needed:
-            gr.Warning(text(language, "pictures_gone"))
+            _warn(language, text(language, "pictures_gone"))
             return None
         try:
             asked, _ = branch.undo()
         except InputError:
-            gr.Warning(text(language, "no_undo"))
+            _warn(language, text(language, "no_undo"))
             return None
-        return {"text": asked, "files": there}
+        return {"text": asked, "files": there, "draft": True}
 
     def _show(self, session, language, setting, box):
         branch = session.branch if session else None
@@ -327,8 +369,12 @@ def _key(request) -> tuple:
     return request.username, request.session_hash
 
 
-def _warn(message):
-    gr.Warning(html.escape(str(message)))
+def _info(language, message):
+    gr.Info(message, title=text(language, "note"))
+
+
+def _warn(language, message):
+    gr.Warning(html.escape(str(message)), title=text(language, "warning"))
 
 
 def _picture(path):

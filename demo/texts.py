@@ -11,6 +11,11 @@ TEXTS = {
         "Show a picture and ask about it, or start with one of these.",
         "上传一张图片并提问，或从下面的例子开始。",
     ),
+    "welcome_embedded": (
+        "The built-in model is small: it knows drawn scenes of coloured shapes like these and nothing else. "
+        "For photographs, start the demo with <code>--model</code>.",
+        "内置模型很小，只认识下面这类彩色形状的绘制场景。要问照片，请用 <code>--model</code> 启动演示。",
+    ),
     "ask": ("Ask, drop or paste pictures", "提问，可拖入或粘贴图片"),
     "chat": ("Conversation", "对话"),
     "camera": ("Camera", "拍照"),
@@ -49,6 +54,7 @@ TEXTS = {
     "penalty_decay": ("Penalty decay per token", "惩罚的逐词衰减"),
     "stop": ("Stop at these words, one a line", "遇到这些词停止（每行一个）"),
     # side panel
+    "summary": ("State {state} · KV cache of a transformer {cache}", "状态 {state} · Transformer 的 KV 缓存 {cache}"),
     "memory": ("Memory of this conversation", "本次对话的记忆"),
     "state": ("State of this model", "本模型的状态"),
     "cache": ("KV cache of a transformer of this size", "同规模 Transformer 的 KV 缓存"),
@@ -69,6 +75,14 @@ TEXTS = {
     "cut": ("The last reply was cut at its longest length.", "上一个回答达到最大长度，已截断。"),
     "turns": ("turns", "轮次"),
     # messages
+    "note": ("Note", "提示"),
+    "warning": ("That did not work", "未能完成"),
+    "loading": ("Loading {model}. This can take a while.", "正在载入 {model}，可能需要一些时间。"),
+    "waiting": ("Other replies are being written; yours comes next.", "其他回答正在生成，随后就轮到您。"),
+    "bad_seed": (
+        "Seed {given}: use a whole number from 0 to {limit}, or leave it empty.",
+        "随机种子 {given} 无效：请填 0 到 {limit} 的整数，或留空。",
+    ),
     "empty": ("Ask something first.", "请先输入问题。"),
     "busy": ("A reply is being written. Stop it first.", "回答正在生成，请先停止。"),
     "too_many_pictures": (

@@ -5,7 +5,9 @@ Beside it: `test_demo_sessions.py`, `test_demo_server.py`, and `test_demo_browse
 
 import html
 import re
+import shutil
 import string
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -284,8 +286,9 @@ def test_stopping_keeps_what_was_said(talk, files):
 def test_another_way_of_reading_begins_anew_with_the_same_weights(talk, vlm, random_folder, told, files):
     say(talk, "What?", files[0])
     for prompt, scan in (("last", "bi"), ("sandwich", "multi")):
-        *shown, label = talk.setting("en", talk.models.default[0], prompt, scan, caller())
-        assert words(shown[0]) == [] and label == talk.models.default[0] and "New conversation" in told[-1]
+        picked = (talk.models.default[0], prompt, scan)
+        *shown, label, place, order = talk.setting("en", *picked, caller())
+        assert words(shown[0]) == [] and (label, place, order) == picked and "New conversation" in told[-1]
         expected = visualrwkv.load(random_folder, prompt=prompt, scan=scan).ask(files[0], "What?", **SHORT)
         assert words(say(talk, "What?", files[0], prompt=prompt, scan=scan)[-1][0])[-1] == expected
         ours = talk.models.get(talk.models.default[0], prompt, scan).model
@@ -293,6 +296,88 @@ def test_another_way_of_reading_begins_anew_with_the_same_weights(talk, vlm, ran
         assert (ours.config.prompt, ours.config.scan) == (prompt, scan) != (plain.config.prompt, plain.config.scan)
         assert ours.rwkv.emb.weight is plain.rwkv.emb.weight
     assert vlm.ask(files[0], "What?", **SHORT) == words(say(talk, "What?", files[0])[-1][0])[-1]
+
+
+def test_a_look_at_the_menus_or_a_failed_pick_changes_nothing(random_folder, talk, told, files, tmp_path):
+    talk.models = Models([str(random_folder), str(tmp_path / "nowhere")])
+    default = talk.models.default
+    say(talk, "What?", files[0])
+    before = talk.sessions.peek((None, "a page")).branch
+    assert talk.setting("en", *default, caller()) == (*(gr.skip(),) * 4, *default) and told == []
+    assert talk.setting("en", "nowhere", "last", "uni", caller()) == (*(gr.skip(),) * 4, *default)
+    assert told[0].startswith("Loading nowhere") and "nowhere" in told[-1]
+    assert talk.sessions.peek((None, "a page")).branch is before
+    # what was picked before is what a failed pick goes back to, also before anything was said
+    picked = (default[0], "last", "uni")
+    assert talk.setting("en", *picked, caller("another"))[4:] == picked
+    assert talk.setting("en", "nowhere", "last", "uni", caller("another"))[4:] == picked
+
+
+def test_nobody_waits_for_a_model_that_others_pick(random_folder, monkeypatch):
+    models, load = Models([str(random_folder)]), visualrwkv.load
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(*arguments, **options):
+        begun.set()
+        assert go_on.wait(60)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(visualrwkv, "load", slow)
+    thread = threading.Thread(target=models.get, args=("embedded",))
+    thread.start()
+    assert begun.wait(60) and not models.is_loaded("embedded")
+    assert models.get(*models.default) and models.get(models.labels[0], "last", "uni")  # while it loads
+    go_on.set()
+    thread.join()
+    assert models.is_loaded("embedded")
+
+
+def test_a_draft_stays_while_something_else_is_answered(talk, told, files):
+    say(talk, "What?", files[0])
+    *_, again = talk.take_back(*setting(talk), caller())
+    assert again["text"] == "What?" and "draft" in again
+    for message in (again, talk.example("en", SimpleNamespace(index=0))):
+        if Path(message["files"][0]).name == "example.png":
+            shutil.copy(files[0], message["files"][0])
+        boxes = [shown[1] for shown in talk.say(message, **controls(talk.models), request=caller())]
+        assert not any("value" in box for box in boxes)
+    boxes = [shown[1] for shown in talk.say({"text": "What?", "files": []}, **controls(talk.models), request=caller())]
+    assert boxes[0]["value"] == {"text": "", "files": []}
+    # a message that is in no box must not be lost
+    message = {"text": "x" * 5000, "files": [], "draft": True}
+    (shown,) = talk.say(message, **controls(talk.models), request=caller())
+    assert shown[1]["value"]["text"] == message["text"] and "5000 characters" in told[-1]
+
+
+def test_the_field_of_the_seed(talk, told):
+    replies = []
+    for seed in ("3", " 3 "):
+        replies.append(words(say(talk, "What?", seed=seed, temperature=1.5, request=caller(seed))[-1][0]))
+    assert replies[0] == replies[1]
+    for seed in ("-1", "x", "1.5", str(2**31)):
+        (shown,) = say(talk, "What?", seed=seed)
+        assert words(shown[0]) == [] and shown[1] == gr.skip() and f"Seed {seed}: use a whole number" in told[-1]
+    say(talk, "What?", seed="")
+    assert len(told) == 4
+
+
+def test_who_has_to_wait_is_told(talk, told):
+    stream = talk.say({"text": "What?", "files": []}, **controls(talk.models), request=caller())
+    other = talk.say({"text": "What?", "files": []}, **controls(talk.models), request=caller("other"))
+    next(stream), talk.queued("en")
+    assert told == []
+    next(other), talk.queued("en")
+    assert "yours comes next" in told[0]
+    stream.close(), other.close(), talk.queued("en")
+    assert len(told) == 1
+
+
+def test_the_panel_follows_a_reply(talk, monkeypatch):
+    monkeypatch.setattr("visualrwkv.demo.talk.REFRESH", 0)
+    monkeypatch.setattr("visualrwkv.demo.talk.REFRESH_PANEL", 0)
+    panels = [shown[2] for shown in say(talk, "What?", max_new_tokens=40)]
+    counts = [int(re.search(r'tokens_read"><b>(\d+)', html)[1]) for html in panels[1:]]
+    assert len(counts) > 3 and counts == sorted(counts) and 0 < counts[0] < counts[-1]
 
 
 def test_a_closed_session_is_told_and_keeps_the_message(models, told, tmp_path):

@@ -196,6 +196,98 @@ def test_a_reply_grows_and_can_be_stopped(open_page, server, drawn):
     assert visible(last) == visible(chat.transcript[-1]["text"])
 
 
+def test_a_reader_of_what_was_said_is_left_alone(open_page, drawn):
+    """A growing reply is followed, unless somebody has scrolled up."""
+    page = open_page()
+    page.locator("#reading button").first.click()
+    page.locator("#model input").click()
+    page.locator("[role=option]", has_text="random").click()
+    page.locator("#sampling button").first.click()
+    page.locator("#max_new_tokens input[type=number]").fill("1024")
+    page.locator("#max_new_tokens input[type=number]").press("Tab")
+    area = "document.querySelector('#chat .bubble-wrap')"
+    place = f"(area => [area.scrollTop, area.scrollHeight - area.clientHeight])({area})"
+    attach(page, drawn[0])
+    page.set_viewport_size({"width": 700, "height": 420})
+    page.locator("#box textarea").fill(DESCRIBE)
+    page.locator("#box textarea").press("Enter")
+    page.wait_for_function(f"{area} && {place}[1] > 150")
+    at, end = page.evaluate(place)
+    assert end - at < 60
+    page.locator("#chat .bubble-wrap").hover()
+    page.mouse.wheel(0, -120)
+    page.wait_for_function(f"{place}[0] < {place}[1] - 80")
+    at, end = page.evaluate(place)
+    page.wait_for_function(f"{place}[1] > {end} + 20")
+    assert page.evaluate(place)[0] <= at
+    page.locator("#box [aria-label=Stop]").click()
+    idle(page)
+
+
+def test_a_look_at_the_settings_changes_nothing(open_page):
+    page = open_page(locale="de-DE")  # a language that the demo does not speak
+    page.locator("#examples button").first.click()
+    page.locator("#chat .bot-row").wait_for()
+    idle(page)
+    before = said(page, "bot")
+    page.locator("#reading button").first.click()
+    page.locator("#model input").click()
+    page.locator("#figures").click()
+    page.locator("#sampling button").first.click()
+    assert page.locator("#seed textarea, #seed input").input_value() == ""
+    page.wait_for_timeout(1000)
+    assert said(page, "bot") == before and page.locator("[data-testid=toast-text]").count() == 0
+    assert not any(button.is_visible() for button in page.locator("#chat .top-panel button").all())
+
+
+def test_a_draft_survives_another_answer(open_page, drawn):
+    page = open_page()
+    page.locator("#examples button").first.click()
+    page.locator("#chat .bot-row").wait_for()
+    idle(page)
+    attach(page, drawn[0])
+    page.locator("#box textarea").fill("A draft")
+    page.locator("#retry").click()
+    page.wait_for_timeout(500)
+    idle(page)
+    page.locator("#chat .bot-row").wait_for()
+    assert (
+        page.locator("#box textarea").input_value() == "A draft" and page.locator("#box .thumbnail-item").count() == 1
+    )
+
+
+def test_pictures_are_dropped_and_pasted_anywhere(open_page, drawn):
+    page = open_page()
+    files = """async kind => {
+        const data = new DataTransfer();
+        const blob = await (await fetch(document.querySelector("#examples img").src)).blob();
+        data.items.add(new File([blob], "dropped.png", {type: "image/png"}));
+        const target = document.querySelector(kind === "drop" ? "#chat" : "body");
+        const event = kind === "drop" ? new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true})
+            : new ClipboardEvent("paste", {clipboardData: data, bubbles: true, cancelable: true});
+        target.dispatchEvent(event);
+        return event.defaultPrevented;
+    }"""
+    for number, kind in enumerate(("drop", "paste"), 1):
+        assert page.evaluate(files, kind)
+        page.locator("#box .thumbnail-item").nth(number - 1).wait_for()
+
+
+@pytest.mark.parametrize("size", [(820, 700), (720, 375), (390, 844), (1280, 600)])
+def test_nothing_lies_over_something_else(open_page, size):
+    page = open_page("wide")
+    page.set_viewport_size({"width": size[0], "height": size[1]})
+    page.wait_for_timeout(300)
+    places = [page.locator(name).bounding_box() for name in ("#chat", "#examples", "#box", "#actions")]
+    if size[0] <= 820:
+        places.append(page.locator("#figures").bounding_box())
+    for upper, lower in zip(places, places[1:], strict=False):
+        assert upper["y"] + upper["height"] <= lower["y"] + 1
+    assert sideways(page) <= 0
+    if size[0] <= 820:
+        assert page.locator("#figures .summary").bounding_box()["y"] == 0
+
+
 def test_a_closed_page_frees_its_session(open_page, server):
     page = open_page()
     before = set(server.sessions._live)
@@ -252,6 +344,9 @@ def test_chinese(open_page, vlm):
     page.locator("#new", has_text="New chat").wait_for()
     page.locator("#figures", has_text="Memory").wait_for()
     assert len(said(page, "bot")) == 1
+    page.reload()  # what was chosen is remembered
+    page.locator("#new", has_text="New chat").wait_for()
+    page.wait_for_function("document.documentElement.lang === 'en'")
 
 
 def test_a_phone_needs_no_scrolling_sideways(open_page):

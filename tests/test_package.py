@@ -226,7 +226,14 @@ def test_the_wheel_is_complete_and_adds_one_name(wheel):
     assert {name.split("/")[0] for name in wheel} == {"visualrwkv", f"visualrwkv-{visualrwkv.__version__}.dist-info"}
     sources = [path for path in PACKAGE.rglob("*.py")]
     expected = {f"visualrwkv/{path.relative_to(PACKAGE).as_posix()}" for path in sources}
-    parts = (("demo", "*.py"), ("demo", "*.css"), ("eval", "*.py"), ("configs", "*.yaml"), ("csrc", "*"))
+    parts = (
+        ("demo", "*.py"),
+        ("demo", "*.css"),
+        ("demo", "*.js"),
+        ("eval", "*.py"),
+        ("configs", "*.yaml"),
+        ("csrc", "*"),
+    )
     for folder, pattern in parts:
         found = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob(pattern) if path.is_file()}
         assert found

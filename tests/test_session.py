@@ -249,8 +249,10 @@ def test_numbers_of_a_reply(vlm, pictures):
         assert 1 <= stats.reply_tokens <= 5
         assert (stats.finish == "length") <= (stats.reply_tokens == 5)
         assert 0 < stats.first_token_s <= stats.total_s
+    before, size = chat.tokens_read, chat.nbytes
     stream = chat.stream("What?", max_new_tokens=400)
     next(stream)
+    assert chat.tokens_read > before and chat.nbytes == size  # with the turn under way
     stream.close()
     assert chat.stats.finish == "cancelled"
 

@@ -22,6 +22,7 @@ from visualrwkv.image_processing import open_pictures
 from visualrwkv.prompt import TURN_END, Turn, check_question
 from visualrwkv.sampling import Sampling
 from visualrwkv.saved_chat import Moment, read_chat, write_chat
+from visualrwkv.state import RWKVState
 from visualrwkv.tokenization import Vocabulary
 
 UNDO_LIMIT = 4  # turns that can be taken back: so many earlier states are kept
@@ -63,6 +64,7 @@ class ChatSession:
         self._busy = threading.Lock()
         self._now = Moment()
         self._past: deque[Moment] = deque(maxlen=UNDO_LIMIT)
+        self._under_way: _TurnUnderWay | None = None
         self.stats: ReplyStats | None = None
 
     @property
@@ -73,12 +75,18 @@ class ChatSession:
     @property
     def nbytes(self) -> int:
         """Bytes of the state; 0 before the first turn, then always the same."""
-        return self._now.state.nbytes if self._now.state else 0
+        return self._state.nbytes if self._state else 0
 
     @property
     def tokens_read(self) -> int:
-        """Positions that the state has seen: words of both speakers and image positions."""
-        return self._now.state.seen if self._now.state else 0
+        """Positions that the state has seen: words of both speakers and image positions; it grows with a stream."""
+        return self._state.seen if self._state else 0
+
+    @property
+    def _state(self) -> RWKVState | None:
+        """The state, of a turn under way as far as it has come."""
+        turn = self._under_way
+        return turn.state if turn and turn.state else self._now.state
 
     def say(self, text: str, images: Any = None, look_again: bool = False, **sampling) -> str:
         """Say something, with or without pictures, and return the reply.
@@ -97,7 +105,7 @@ class ChatSession:
         """
         asked, options = self._check(text, images, look_again), Sampling.of(sampling)
         with self._alone():
-            turn = _TurnUnderWay(self._vlm, self._now, *asked, options)
+            turn = self._under_way = _TurnUnderWay(self._vlm, self._now, *asked, options)
             for _ in turn.pieces():
                 pass
             return self._commit(turn)
@@ -110,7 +118,7 @@ class ChatSession:
 
     def _stream(self, asked, options):
         with self._alone():
-            turn = _TurnUnderWay(self._vlm, self._now, *asked, options)
+            turn = self._under_way = _TurnUnderWay(self._vlm, self._now, *asked, options)
             try:
                 yield from turn.pieces()
             except GeneratorExit:
@@ -176,6 +184,7 @@ class ChatSession:
         try:
             yield
         finally:
+            self._under_way = None
             self._busy.release()
 
     def _check(self, text, images, look_again):
@@ -213,9 +222,14 @@ class _TurnUnderWay:
         self._decoder, self.reply = Decoder(vlm.model), Reply(vlm.processor.tokenizer, sampling)
         self._seconds = time.perf_counter() - self._started  # of work
 
+    @property
+    def state(self) -> RWKVState | None:
+        """None until the prompt was read."""
+        return self._decoder.state
+
     def pieces(self) -> Iterator[str]:
         """Let the model reply, piece by piece."""
-        pieces = self._decoder.stream(self.reply, self._inputs, self._state())
+        pieces = self._decoder.stream(self.reply, self._inputs, self._state_before())
         while True:
             resumed = time.perf_counter()
             try:
@@ -251,14 +265,14 @@ class _TurnUnderWay:
         turns = (*self._before.turns, self._turn, Turn("assistant", reply.text))
         return Moment(turns, state, tuple(unread), self._kept), stats
 
-    def _state(self):
+    def _state_before(self):
         """A copy to move."""
         return self._before.state.clone() if self._before.state else None
 
     def _read_prompt(self):
         with torch.no_grad():
             inputs = {name: value.to(self._vlm.model.device) for name, value in self._inputs.items()}
-            return self._vlm.model(**inputs, cache=self._state(), logits_to_keep=1).cache
+            return self._vlm.model(**inputs, cache=self._state_before(), logits_to_keep=1).cache
 
 
 def unread_end(vocabulary: Vocabulary, reply: list[int]) -> list[int]:

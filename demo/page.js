@@ -1,0 +1,50 @@
+// What the page does by itself, without the server: pictures dropped or pasted anywhere, following a growing reply,
+// and the language that was chosen.
+() => {
+    const give = (files) => {
+        const field = document.querySelector("#box input[type=file]");
+        if (!field || !files.length) return false;
+        const moved = new DataTransfer();
+        for (const file of files) moved.items.add(file);
+        field.files = moved.files;
+        field.dispatchEvent(new Event("change", {bubbles: true}));
+        return true;
+    };
+
+    // What a component takes it takes first; a file dropped beside it must not replace the page.
+    document.addEventListener("dragover", (event) => {
+        if (event.dataTransfer?.types.includes("Files")) event.preventDefault();
+    });
+    document.addEventListener("drop", (event) => {
+        if (event.defaultPrevented || !event.dataTransfer?.files.length) return;
+        event.preventDefault();
+        give(event.dataTransfer.files);
+    });
+    document.addEventListener("paste", (event) => {
+        if (event.defaultPrevented || event.target.closest?.("#box")) return;
+        if (give(event.clipboardData?.files ?? [])) event.preventDefault();
+    });
+
+    // The end of the conversation stays in view until its reader scrolls up, and again from the next question on.
+    let follows = true, questions = 0;
+    const end = () => {
+        const area = document.querySelector("#chat .bubble-wrap");
+        const asked = document.querySelectorAll("#chat .user-row").length;
+        if (asked > questions) follows = true;
+        questions = asked;
+        if (area && follows) area.scrollTop = area.scrollHeight;
+    };
+    document.addEventListener("scroll", ({target}) => {
+        if (!target.matches?.("#chat .bubble-wrap")) return;
+        follows = target.scrollHeight - target.scrollTop - target.clientHeight < 40;
+    }, true);
+    document.addEventListener("load", ({target}) => target.closest?.("#chat") && end(), true);
+    new MutationObserver(end).observe(document.querySelector("#chat"),
+        {childList: true, subtree: true, characterData: true});
+
+    const KEY = "visualrwkv-language";
+    window.visualrwkv = {
+        language: () => ["en", "zh"].find((known) => known === localStorage.getItem(KEY)) ?? null,
+        choose: (language) => { localStorage.setItem(KEY, language); },
+    };
+}
