@@ -251,6 +251,44 @@ def test_ctrl_c_before_the_first_word_leaves_the_picture_waiting(monkeypatch, ca
     assert [(turn["text"], turn["images"]) for turn in session.transcript[::2]] == [("What now?", 1)]
 
 
+def test_ctrl_c_while_a_picture_is_opened_does_not_end_the_chat(monkeypatch, capfd, vlm, picture_file):
+    at_a_terminal(monkeypatch, "What?", f"/image {picture_file}", "Why?")
+
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(terminal, "load_image", interrupted)
+    session = vlm.chat()
+    assert terminal.talk(session, [], {"max_new_tokens": 8}) == 0
+    out, err = capfd.readouterr()
+    assert "/quit ends" in err and [turn["text"] for turn in session.transcript[::2]] == ["What?", "Why?"]
+    assert "> " not in out and err.count("> ") >= 1  # the prompt is not among the replies
+
+
+def test_paths_as_people_type_them(talk, vlm, random_folder, picture_file, tmp_path, monkeypatch):
+    odd = tmp_path / "my picture.png"
+    odd.write_bytes(picture_file.read_bytes())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    escaped = str(odd).replace(" ", "\\ ")
+    lines = [
+        f"/image {odd}",
+        f'/image "{odd}"',
+        f"/image '{odd}'",
+        f"/image {escaped}",
+        "/image ~/my picture.png",
+        "What?",
+    ]
+    code, out, err = talk([*lines, f"/save '{tmp_path}/a talk'"], "--model", random_folder)
+    assert (code, err) == (0, "") and out == vlm.chat().say("What?", [odd] * 5, max_new_tokens=8) + "\n"
+    assert (tmp_path / "a talk").is_file()
+
+
+def test_a_key_that_keeps_nobody_out_is_refused(run):
+    for key in ("", " ", "schlüssel"):
+        refused(run("serve", "--port", "0", "--api-key", key), "--api-key is")
+    refused(run("serve", "--port", "0", "--host", "a..b"), "a..b:0 cannot be listened on")
+
+
 def test_a_bad_line_does_not_end_a_chat(talk, vlm, random_folder, tmp_path):
     bad = ["/image nowhere.png", "/save", f"/save {tmp_path}/no/folder", "/dance", "What is <image>?"]
     code, out, err = talk([*bad, "What?"], "--model", random_folder)

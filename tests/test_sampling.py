@@ -2,9 +2,11 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
+from visualrwkv.errors import InputError
 from visualrwkv.sampling import Sampling, TokenChoice
 from visualrwkv.streaming import ReplyText
 
@@ -21,6 +23,17 @@ def test_sampling_defaults_are_greedy():
     assert Sampling().max_new_tokens == 128
     assert Sampling().plain and Sampling(seed=3, top_p=0.5).plain
     assert not Sampling(temperature=0.1).plain and not Sampling(frequency_penalty=-1).plain
+
+
+def test_numbers_of_numpy_are_numbers():
+    ours = Sampling(temperature=np.float32(0.5), top_k=np.int64(3), max_new_tokens=np.int32(5), seed=np.uint8(7))
+    assert ours == Sampling(temperature=0.5, top_k=3, max_new_tokens=5, seed=7)
+    for wrong in ({"top_k": np.float64(3)}, {"temperature": np.bool_(True)}, {"seed": 2**63}):
+        with pytest.raises(InputError):
+            Sampling(**wrong)
+    with pytest.raises(InputError) as caught:
+        Sampling(temperature="x" * 10**6)
+    assert len(str(caught.value)) < 200
 
 
 def test_temperature_follows_the_softmax():

@@ -148,6 +148,38 @@ def refused(vlm, path):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
+def test_a_loaded_conversation_is_its_own(vlm, saved):
+    """The file may be written by somebody else afterwards."""
+    path, _ = saved
+    expected = vlm.chat.load(path).say("Why?", **SHORT)
+    chat = vlm.chat.load(path)
+    tensors = [tensor for layer in chat._now.state.layers for tensor in layer]
+    before = [tensor.clone() for tensor in tensors]
+    with open(path, "r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(b"\x7f" * 4096)
+        file.truncate()
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
+    assert chat.say("Why?", **SHORT) == expected
+
+
+def test_names_that_no_file_can_have(vlm, saved, tmp_path, monkeypatch):
+    path, write = saved
+    chat = vlm.chat.load(path)
+    long = "x" * 250
+    for name in ("", ".", f"{tmp_path}/{'x' * 300}", "a\0b", f"{path}/under"):
+        with pytest.raises(InputError) as caught:
+            chat.save(name)
+        assert "\n" not in str(caught.value) and ".part" not in str(caught.value)
+    chat.save(tmp_path / long)  # as long as names can be
+    monkeypatch.setenv("HOME", str(tmp_path))
+    chat.save("~/mine")
+    assert vlm.chat.load("~/mine").transcript == chat.transcript
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, long, "mine"}
+    write({"transcript": json.dumps([TURNS[0] | {"text": "\ud800"}, TURNS[1]])})
+    refused(vlm, path)
+
+
 def test_a_full_disk_leaves_the_older_file(vlm, saved, monkeypatch, tmp_path):
     path, _ = saved
     before = path.read_bytes()

@@ -225,6 +225,15 @@ BAD = [
     ({"messages": [image("data:image/png,AAAA")]}, 400, "base64"),
     ({"messages": [image("data:image/png;base64,AAAA", detail="high")]}, 400, "detail"),
     ({"messages": [image("data:,")] * 60}, 400, "up to 400"),
+    ({"messages": [image("data:image/png;base64,\u00e9")]}, 400, "not ASCII"),
+    ({"messages": [image("data:image/png;base64,\ud800")]}, 400, "not ASCII"),
+    ({"messages": [image("data:image/png;base64,A")]}, 400, "damaged"),
+    ({"messages": [{"role": [], "content": "What?"}]}, 400, "role []"),
+    ({"messages": [{"role": {}, "content": "What?"}]}, 400, "role {}"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, 400, "needs a string"),
+    ({"\ud800": 1}, 400, "not supported"),
+    ({"temperature": "x" * 10**5}, 400, "temperature is 'xxx"),
+    ({"x" * 10**5: 1}, 400, "not supported"),
     ({"max_tokens": 10**9}, 400, "1000000000"),
     ({"max_tokens": 0}, 400, "max_tokens"),
     ({"max_tokens": 5, "max_completion_tokens": 5}, 400, "one of them"),
@@ -258,6 +267,7 @@ def refused(response, status, word):
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert word in error["message"] and "\n" not in error["message"] and "Traceback" not in response.text
+    assert len(response.text) < 1000
     return error
 
 
@@ -334,6 +344,31 @@ def test_a_killed_client_frees_its_slot(server, client, monkeypatch):
         for sock in (*socks[1:], blocked):
             sock.close()
         wait_until(lambda: idle(service))
+    assert text_of(complete(client, USER)) is not None
+
+
+def test_replies_under_way_are_told_when_the_server_ends(vlm, monkeypatch, capfd):
+    monkeypatch.setattr(app, "SHUTDOWN_SECONDS", 3)
+    with replies_never_end(monkeypatch), running(vlm, slots=4, limits=LIMITS) as (service, address):
+        socks = [open_stream(address, LONG) for _ in range(4)]
+        wait_until(lambda: service.engine.load[0] == 4)
+    for sock in socks:
+        ends = b""
+        while data := sock.recv(65536):
+            ends = (ends + data)[-2000:]
+        assert b"the server is shutting down; try again later" in ends and b"data: [DONE]" in ends
+        sock.close()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_what_nobody_thought_of_is_an_answer_too(server, client, monkeypatch, vlm):
+    def broken(*arguments):
+        raise LookupError("odd")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(app, "check_prompt", broken)
+        body = json.dumps({"model": "tiny-random", "messages": [USER]})
+        refused(httpx.post(server[1] + "/v1/chat/completions", content=body, headers=JSON), 500, "its log says why")
     assert text_of(complete(client, USER)) is not None
 
 

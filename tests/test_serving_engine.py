@@ -39,7 +39,7 @@ def test_replies_leave_and_join_without_touching_each_other(vlm):
         expected = vlm.ask(None, "What? " * (number + 1), max_new_tokens=5 + 7 * number)
         assert "".join(text for text, _ in told[number]) == expected
     line.close()
-    with pytest.raises(RuntimeError, match="closed"):
+    with pytest.raises(engine.ShuttingDown, match="closed"):
         line.submit(replies[0])
 
 

@@ -29,7 +29,7 @@ REMOTE = requests.Limits(remote_images=True, remote_bytes=20_000, remote_seconds
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "127.1", "2130706433", "0x7f000001"])
 def test_the_own_machine_is_not_fetched_from(host):
     with pytest.raises(InputError, match="public internet|no host"):
-        requests.open_source(f"http://{host}:1/picture.png", REMOTE)
+        requests.open_source(f"http://{host}:1/picture.png", REMOTE, REMOTE.remote_seconds)
 
 
 @pytest.fixture
@@ -64,10 +64,16 @@ def web(picture_file, monkeypatch):
 
 
 def test_remote_pictures_within_limits(web, pictures):
-    assert load_image(requests.open_source(web + "/picture", REMOTE)).tobytes() == pictures[0].tobytes()
+    assert (
+        load_image(requests.open_source(web + "/picture", REMOTE, REMOTE.remote_seconds)).tobytes()
+        == pictures[0].tobytes()
+    )
     for page, words in (("/moved", "redirects"), ("/large", "larger"), ("/slow", "more than 1 s")):
         with pytest.raises(InputError, match=words):
-            requests.open_source(web + page, REMOTE)
+            requests.open_source(web + page, REMOTE, REMOTE.remote_seconds)
+    for seconds, words in ((0, "more than 1 s"), (0.2, "more than 1 s")):  # what others of the request have left
+        with pytest.raises(InputError, match=words):
+            requests.open_source(web + "/slow", REMOTE, seconds)
     for address in ("http://", "http://:80/", "http://[::1", "http://127.0.0.1:99999/", "https://a b/"):
         with pytest.raises(InputError, match="no host"):
-            requests.open_source(address, REMOTE)
+            requests.open_source(address, REMOTE, REMOTE.remote_seconds)

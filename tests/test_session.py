@@ -212,6 +212,21 @@ def test_nothing_to_look_at_again(vlm, pictures):
         chat.say("What?", look_again=True)
 
 
+def test_a_stream_that_begins_later_looks_at_what_is_there_then(vlm, pictures):
+    chat = vlm.chat()
+    chat.say("What?", pictures[0], **SHORT)
+    stream = chat.stream("Where?", look_again=True, **SHORT)
+    chat.reset()
+    with pytest.raises(InputError, match="no picture to look at again"):
+        next(stream)
+    assert chat.transcript == [] and chat.say("What?", pictures[0], **SHORT)
+
+
+def test_half_a_character_is_no_question(vlm):
+    with pytest.raises(InputError, match="surrogate"):
+        vlm.chat().say("What \ud83d?")
+
+
 def stop_for(vlm, text):
     """A stop string that comes in the middle of a reply."""
     middle = len(text) // 2

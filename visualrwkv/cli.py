@@ -260,7 +260,9 @@ def run_serve(arguments):
             raise InputError(f"--{option} is {getattr(arguments, name)}; use a whole number from {least}")
     from visualrwkv.serving import app
 
-    key = arguments.api_key or os.environ.get("VISUALRWKV_API_KEY") or None
+    key = os.environ.get("VISUALRWKV_API_KEY") or None if arguments.api_key is None else arguments.api_key
+    if key is not None and not (key.strip() and key.isascii() and key.isprintable()):
+        raise InputError(f"--api-key is {key!r}; use printable ASCII characters, or leave it out to let everybody in")
     limits = app.Limits(
         body_bytes=arguments.max_body_mb * 2**20,
         max_tokens=arguments.max_tokens,
@@ -269,6 +271,8 @@ def run_serve(arguments):
     )
     settings = app.Settings(app.model_name(arguments.model), arguments.slots, arguments.queue, key, limits)
     with app.listen(arguments.host, arguments.port) as listener:
+        if key is None and arguments.host not in ("127.0.0.1", "localhost", "::1"):
+            print("Whoever reaches this address can use it; --api-key KEY asks for a key.", file=sys.stderr)
         app.serve(_load(arguments), settings, listener)
 
 

@@ -9,6 +9,12 @@ class InputError(ValueError):
     """
 
 
+def short(value: object) -> str:
+    """How a message shows a value: what a user passes may be of any length."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def error_line(error: object) -> str:
     """How every command reports an error, on one line."""
     return "visualrwkv: error: " + " ".join(str(error).split())

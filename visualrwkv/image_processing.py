@@ -6,7 +6,6 @@ crop, bit for bit (torchvision's crop is one pixel off at some sizes).
 """
 
 import base64
-import binascii
 import io
 import os
 import warnings
@@ -51,7 +50,7 @@ def load_image(source: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
         image = _from_array(source, max_pixels)
     elif isinstance(source, (str, os.PathLike)) and not str(source).startswith("data:"):
         name = str(source)
-        image = _open(source, name, max_pixels)
+        image = _open(os.path.expanduser(source), name, max_pixels)
     elif isinstance(source, (str, bytes, bytearray, memoryview)):
         data = _from_data_uri(source) if isinstance(source, str) else bytes(source)
         if not data:
@@ -80,7 +79,7 @@ def _open(file: Any, name: str, max_pixels: int) -> Image.Image:
     """Read the header of an image file."""
     if name.startswith(("http://", "https://")):
         raise InputError(f"{name}: addresses are not fetched; download the picture and pass its path or bytes")
-    if os.path.isdir(name):
+    if isinstance(file, (str, os.PathLike)) and os.path.isdir(file):
         raise InputError(f"{name}: is a folder; pass the path of one image file")
     Image.init()
     try:
@@ -115,8 +114,8 @@ def _from_data_uri(source: str) -> bytes:
     if not comma or not header.endswith(";base64"):
         raise InputError(f"{header[:40]}: not a base64 data URI; it starts like data:image/png;base64,")
     try:
-        return base64.b64decode(payload, validate=True)
-    except binascii.Error as error:
+        return base64.b64decode("".join(payload.split()), validate=True)  # encoders that break lines are common
+    except ValueError as error:  # binascii.Error is one
         raise InputError(f"{header[:40]}: the base64 data are damaged: {error}") from None
 
 

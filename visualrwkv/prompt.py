@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from visualrwkv.errors import InputError
+from visualrwkv.errors import InputError, short
 
 POSITIONS = ("sandwich", "first", "last")
 MARKER = "<image>"  # how data files and prompt strings write a picture
@@ -46,8 +46,8 @@ class Turn:
     images: int = 0
 
     def __post_init__(self):
-        if self.role not in SPEAKERS:
-            raise InputError(f"unknown speaker {self.role!r}; a turn belongs to 'user' or 'assistant'")
+        if not isinstance(self.role, str) or self.role not in SPEAKERS:
+            raise InputError(f"unknown speaker {short(self.role)}; a turn belongs to 'user' or 'assistant'")
         if not isinstance(self.text, str):
             raise InputError(f"the text of a turn must be a string, got {type(self.text).__name__}")
 
@@ -85,6 +85,10 @@ def check_question(text: str) -> str:
         raise InputError("the question is empty; ask something about the picture")
     if MARKER in text:
         raise InputError(f"the question contains {MARKER!r}; leave it out, pictures are passed beside the question")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError("the question holds half of a surrogate pair, which is no character; leave it out") from None
     return text
 
 
@@ -222,8 +226,8 @@ def turns_from_messages(messages: Sequence[Mapping]) -> tuple[list[Turn], list]:
         role = message.get("role")
         if role in ("system", "developer"):
             raise InputError(f"message {number}: the model has no place for the role {role!r}; put it in a question")
-        if role not in SPEAKERS:
-            raise InputError(f"message {number} has the role {role!r}; must be 'user' or 'assistant'")
+        if not isinstance(role, str) or role not in SPEAKERS:
+            raise InputError(f"message {number} has the role {short(role)}; must be 'user' or 'assistant'")
         content = message.get("content")
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(parts, Sequence):
@@ -231,7 +235,9 @@ def turns_from_messages(messages: Sequence[Mapping]) -> tuple[list[Turn], list]:
         texts, before = [], len(images)
         for part in parts:
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-            if kind == "text" and isinstance(part.get("text"), str):
+            if kind == "text":
+                if not isinstance(part.get("text"), str):
+                    raise InputError(f"message {number}: a part of type 'text' needs a string as its 'text'")
                 texts.append(part["text"])
             elif kind == "image":
                 images.append(next((part[key] for key in ("image", "path", "url", "base64") if key in part), None))
@@ -239,6 +245,8 @@ def turns_from_messages(messages: Sequence[Mapping]) -> tuple[list[Turn], list]:
                 source = part["image_url"]
                 images.append(source.get("url") if isinstance(source, Mapping) else source)
             else:
-                raise InputError(f"message {number} has a part of type {kind!r}; only text and images are understood")
+                raise InputError(
+                    f"message {number} has a part of type {short(kind)}; only text and images are understood"
+                )
         turns.append(Turn(role, "\n".join(texts), len(images) - before))
     return turns, images

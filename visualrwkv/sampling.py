@@ -6,13 +6,14 @@ alone, in a batch, streamed, beside other threads and from the server.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
-from visualrwkv.errors import InputError
+from visualrwkv.errors import InputError, short
 
 
 @dataclass(frozen=True)
@@ -58,19 +59,21 @@ class Sampling:
         self._number("penalty_decay", 0, 1, "use a number from 0 to 1; 1 never fades")
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, (tuple, list)) or not all(isinstance(text, str) and text for text in stop):
-            raise InputError(f"stop is {self.stop!r}; use a string or a list of strings that are not empty")
+            raise InputError(f"stop is {short(self.stop)}; use a string or a list of strings that are not empty")
         object.__setattr__(self, "stop", tuple(stop))
 
     def _whole(self, name: str, least: int) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
-            raise InputError(f"{name} is {value!r}; use a whole number from {least}")
+        if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value < 2**63:
+            raise InputError(f"{name} is {short(value)}; use a whole number from {least} (and below 2**63)")
+        object.__setattr__(self, name, int(value))
 
     def _number(self, name: str, least: float, most: float, remedy: str) -> None:
         value = getattr(self, name)
         # a comparison with NaN is false
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
-            raise InputError(f"{name} is {value!r}; {remedy}")
+        if isinstance(value, bool) or not isinstance(value, Real) or not least <= value <= most:
+            raise InputError(f"{name} is {short(value)}; {remedy}")
+        object.__setattr__(self, name, float(value))
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "Sampling":

@@ -5,8 +5,10 @@ in the metadata the format, the fingerprint of the model, and the turns, unread 
 loads one has perhaps been sent it, so everything in it is checked before it is used.
 """
 
+import contextlib
 import json
 import os
+import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -51,7 +53,7 @@ def write_chat(path: str | os.PathLike, moment: Moment, fingerprint: str) -> Non
     Raises:
         InputError: the file cannot be written.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     tensors = moment.state.tensors() if moment.state else {}
     if moment.features is not None:
         tensors[FEATURES] = moment.features.detach().cpu().contiguous()
@@ -62,17 +64,22 @@ def write_chat(path: str | os.PathLike, moment: Moment, fingerprint: str) -> Non
         "unread": json.dumps(moment.unread),
         "seen": json.dumps(moment.state.seen if moment.state else 0),
     }
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    partial = (
+        path.parent / f".{secrets.token_hex(8)}.part"
+    )  # short: the name of the file may be as long as names can be
     try:
         if path.is_dir():
             raise InputError(f"{path}: is a folder; pass the name of a file to write")
         save_file(tensors, partial, metadata=meta)
         os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    except InputError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: a name with a zero byte
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()).replace(partial.name, path.name)
         raise InputError(f"{path}: the conversation cannot be written: {reason}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError, ValueError):
+            partial.unlink(missing_ok=True)
 
 
 def read_chat(path: str | os.PathLike, config, tokenizer, fingerprint) -> Moment:
@@ -87,12 +94,14 @@ def read_chat(path: str | os.PathLike, config, tokenizer, fingerprint) -> Moment
     Raises:
         InputError: unreadable, of another format or model, or damaged; the message says which.
     """
+    path = Path(path).expanduser()
     try:
         with safe_open(path, framework="pt") as file:
             meta = file.metadata() or {}
             _check_meta(path, meta, fingerprint)
             _check_tensors(path, file, config)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            # copies: the file is mapped into memory, and whoever writes it later would write into the state
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise InputError(f"{path}: not a saved conversation ({reason}); pass a file that chat.save wrote") from None
@@ -150,6 +159,7 @@ def _words(path, meta, tokenizer):
     try:
         turns, unread, seen = (json.loads(meta[name]) for name in ("transcript", "unread", "seen"))
         turns = tuple(Turn(**turn) for turn in turns)
+        _ = [turn.text.encode() for turn in turns]
     except (ValueError, TypeError, RecursionError):  # InputError is a ValueError
         raise _damaged(path, "its transcript cannot be read") from None
     if any(turn.role != ("user", "assistant")[index % 2] for index, turn in enumerate(turns)) or len(turns) % 2:

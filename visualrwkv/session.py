@@ -118,6 +118,8 @@ class ChatSession:
 
     def _stream(self, asked, options):
         with self._alone():
+            *_, look_again = asked
+            self._check_look(look_again)  # once more: the conversation may have changed before the first piece
             turn = self._under_way = _TurnUnderWay(self._vlm, self._now, *asked, options)
             try:
                 yield from turn.pieces()
@@ -188,9 +190,12 @@ class ChatSession:
             self._busy.release()
 
     def _check(self, text, images, look_again):
+        self._check_look(look_again)
+        return check_question(text), open_pictures(images), bool(look_again)
+
+    def _check_look(self, look_again):
         if look_again and self._now.features is None:
             raise InputError("there is no picture to look at again; pass images in this turn")
-        return check_question(text), open_pictures(images), bool(look_again)
 
     def _commit(self, turn, state_is_certain=True):
         """Take over what the reply led to; returns the reply."""

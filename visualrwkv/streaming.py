@@ -50,12 +50,15 @@ class ReplyText:
             return ""
         data = b"".join(b"" if i in self._special else self._tokens.get(i, b"\xef\xbf\xbd") for i in map(int, ids))
         text = self._held + self._utf8.decode(data)
-        found = [(text.index(end) + len(end), text.index(end), end) for end in self._ends if end in text]
+        # white space in front of the reply is no part of it, so a stop string does not match there
+        begin = 0 if self._started else len(text) - len(text.lstrip())
+        begins = {end: 0 if end == TURN_END else begin for end in self._ends}
+        found = [(at + len(end), at, end) for end in self._ends if (at := text.find(end, begins[end])) >= 0]
         if found:
             _, start, self.end = min(found)
             self.finished = True
             return self._show(text[:start], "")
-        certain = len(text) - max(_begun(text, end) for end in self._ends)
+        certain = len(text) - max(_begun(text[begins[end] :], end) for end in self._ends)
         return self._show(text[:certain], text[certain:])
 
     def close(self) -> str:

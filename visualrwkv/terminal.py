@@ -5,6 +5,8 @@ carries the conversation alone.
 """
 
 import contextlib
+import os
+import shlex
 import sys
 from collections import deque
 from typing import Any
@@ -34,7 +36,7 @@ def talk(session, pictures: list, sampling: dict[str, Any]) -> int:
     Returns:
         The exit code: 2 if a line of a pipe was not understood, otherwise 0. A person sees that and goes on.
     """
-    person = sys.stdin.isatty()
+    person = sys.stdin is not None and sys.stdin.isatty()
     if person:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  line editing in input()
@@ -47,18 +49,25 @@ def talk(session, pictures: list, sampling: dict[str, Any]) -> int:
         except InputError as error:  # one bad line does not end a conversation
             failed = True
             print(error_line(error), file=sys.stderr)
+        except KeyboardInterrupt:  # while a picture was opened, say
+            if not person:
+                raise
+            print("\n/quit ends the conversation", file=sys.stderr)
     return 2 if failed and not person else 0
 
 
 def _next_line(person: bool) -> str | None:
     """The next line of input, None at its end."""
     if not person:
-        return sys.stdin.readline() or None
+        return (sys.stdin.readline() if sys.stdin else "") or None
     while True:
         try:
-            return input("> ")
+            if sys.stdout.isatty():
+                return input("> ")
+            print("> ", end="", file=sys.stderr, flush=True)
+            return input("")
         except EOFError:
-            print()
+            print(file=sys.stderr)
             return None
         except KeyboardInterrupt:  # meant for a reply that has just ended, perhaps
             print("\n/quit ends the conversation", file=sys.stderr)
@@ -82,7 +91,7 @@ class _Conversation:
         elif command == "/help":
             print(HELP, file=sys.stderr)
         elif command == "/image":
-            self._pictures.append(load_image(_needed(rest, "/image needs the path of a picture")))
+            self._pictures.append(load_image(_path(_needed(rest, "/image needs the path of a picture"))))
         elif command == "/look":
             self._say(_needed(rest, "/look needs a question"), look_again=True)
         elif command == "/undo":
@@ -90,7 +99,7 @@ class _Conversation:
             self._pictures = self._shown.pop() + self._pictures
             print(f"taken back: {taken['text']}", file=sys.stderr)
         elif command == "/save":
-            self._session.save(_needed(rest, "/save needs the name of a file to write"))
+            self._session.save(_path(_needed(rest, "/save needs the name of a file to write")))
         elif command == "/reset":
             self._session.reset()
             self._pictures = []
@@ -122,4 +131,14 @@ class _Conversation:
 def _needed(text: str, message: str) -> str:
     if not text:
         raise InputError(message)
+    return text
+
+
+def _path(text: str) -> str:
+    """A path as people type it, or as a terminal writes what is dropped on it: quoted, or with escaped blanks."""
+    if os.path.exists(text):
+        return text
+    with contextlib.suppress(ValueError):  # an open quote belongs to the name
+        parts = shlex.split(text)
+        return parts[0] if len(parts) == 1 else text
     return text

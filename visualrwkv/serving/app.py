@@ -24,13 +24,14 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
 from visualrwkv.errors import InputError
-from visualrwkv.serving.engine import Engine, ServedReply
+from visualrwkv.serving.engine import Engine, ServedReply, ShuttingDown
 from visualrwkv.serving.requests import ChatRequest, Limits, Refused, check_prompt, parse, read_pictures
 
 BODY_SECONDS = 60  # for sending a request
 READ_ON = 256 * 2**20  # bytes of a request that is too large: a client that still writes would not see the answer
 SHUTDOWN_SECONDS = 10  # for replies under way after Ctrl-C
 READERS = 4  # threads that open pictures
+FETCHERS = 8  # threads that fetch pictures from the web and open them
 RETRY_AFTER = "1"  # seconds
 
 
@@ -65,6 +66,9 @@ def build_app(vlm, settings: Settings) -> Starlette:
     async def refused(request, error):
         return JSONResponse(error.body, error.status, error.headers)
 
+    async def failed(request, error):
+        return JSONResponse(Refused(500, "the server failed; its log says why").body, 500)
+
     async def no_such_page(request, error):
         message = f"{request.method} {request.url.path}: {error.detail}; see /v1/models and /v1/chat/completions"
         return JSONResponse(Refused(error.status_code, message).body, error.status_code, error.headers)
@@ -93,7 +97,7 @@ def build_app(vlm, settings: Settings) -> Starlette:
             Route("/v1/models/{name:path}", model),
             Route("/v1/chat/completions", service.chat, methods=["POST"]),
         ],
-        exception_handlers={Refused: refused, HTTPException: no_such_page},
+        exception_handlers={Refused: refused, HTTPException: no_such_page, Exception: failed},
         lifespan=lifespan,
     )
     app.state.service = service
@@ -109,17 +113,19 @@ class Service:
         self.card = {"id": settings.model, "object": "model", "created": int(time.time()), "owned_by": "visualrwkv"}
         self._processor, self._settings, self._limits = vlm.processor, settings, settings.limits
         self._readers = ThreadPoolExecutor(READERS, "reader")
+        self._fetchers = ThreadPoolExecutor(FETCHERS, "fetcher")  # a slow host must not hold up who sends pictures
         self._loop: asyncio.AbstractEventLoop | None = None
         self._told: list[tuple[asyncio.Queue, tuple[str, object]]] = []  # by the engine's thread
 
     def close(self) -> None:
         self.engine.close()
-        self._readers.shutdown(cancel_futures=True)
+        for pool in (self._readers, self._fetchers):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def check_key(self, request: Request) -> None:
         key = self._settings.api_key
-        sent = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if key is not None and not hmac.compare_digest(sent.encode(), key.encode()):
+        scheme, _, sent = request.headers.get("authorization", "").partition(" ")
+        if key is not None and not (scheme.lower() == "bearer" and hmac.compare_digest(sent.encode(), key.encode())):
             raise Refused(401, "the API key is missing or wrong", code="invalid_api_key")
 
     async def chat(self, request: Request):
@@ -144,8 +150,13 @@ class Service:
     async def _answer(self, request: Request, ticket: "_Ticket"):
         body = await self._body(request)
         self._loop = asyncio.get_running_loop()
-        asked, ids, pictures = await self._loop.run_in_executor(self._readers, self._prepare, body)
+        asked, ids = await self._loop.run_in_executor(self._readers, self._check, body)
         del body
+        remote = any(not source.startswith("data:") for source in asked.sources)
+        pool = self._fetchers if remote else self._readers
+        pictures = await self._loop.run_in_executor(
+            pool, read_pictures, asked, self._processor, self._limits, self.engine.recent
+        )
         events: asyncio.Queue = asyncio.Queue()
         reply = ServedReply(
             self._processor.tokenizer,
@@ -188,10 +199,9 @@ class Service:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
                 self._loop.call_soon_threadsafe(put)
 
-    def _prepare(self, body: bytes):
+    def _check(self, body: bytes):
         asked = parse(body, self._settings.model, self._limits)
-        ids = check_prompt(asked, self._processor, self._limits)
-        return asked, ids, read_pictures(asked, self._processor, self._limits, self.engine.recent)
+        return asked, check_prompt(asked, self._processor, self._limits)
 
     async def _body(self, request: Request, keep: bool = True) -> bytes:
         """The body within its limit; what is beyond it is read on for a while and thrown away."""
@@ -223,6 +233,8 @@ class Service:
             self.engine.submit(reply)
             while True:
                 text, finish = await events.get()
+                if isinstance(finish, ShuttingDown):
+                    raise Refused(503, f"{finish}; try again later", code="shutting_down")
                 if isinstance(finish, Exception):
                     print(f"visualrwkv: a reply failed: {finish!r}", file=sys.stderr)
                     raise Refused(500, "the reply failed in the server; its log says why")
@@ -338,10 +350,20 @@ def make_server(vlm, settings: Settings):
     """A uvicorn server; `run(sockets=[...])` serves until Ctrl-C."""
     import uvicorn
 
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets=None):
+            """Shortly before connections are cut, replies still under way end with an error that says why."""
+            loop, engine = asyncio.get_running_loop(), self.config.app.state.service.engine
+            timer = loop.call_later(0.9 * SHUTDOWN_SECONDS, lambda: loop.run_in_executor(None, engine.close))
+            try:
+                await super().shutdown(sockets)
+            finally:
+                timer.cancel()
+
     config = uvicorn.Config(
         build_app(vlm, settings), log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS, ws="none"
     )
-    return uvicorn.Server(config)
+    return Server(config)
 
 
 def serve(vlm, settings: Settings, listener: socket.socket) -> None:
@@ -357,7 +379,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family, backlog=1024)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # UnicodeError: no name of a host
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{host}:{port} cannot be listened on: {reason}; choose another --host or --port") from None
     # Connections take it over. Without it the body of an answer waits 40 ms for the client to confirm its headers.

@@ -21,6 +21,10 @@ PREFILL_POSITIONS = 4096  # padded positions that are read between two tokens of
 PICTURES_AT_ONCE = 16  # through the vision tower
 
 
+class ShuttingDown(Exception):
+    """What ends the replies of an engine that is closed."""
+
+
 class ServedReply(Reply):
     """A reply that somebody waits for.
 
@@ -74,7 +78,7 @@ class Engine:
         """Put a request behind those that wait."""
         with self._changed:
             if self._closed:
-                raise RuntimeError("the engine is closed")
+                raise ShuttingDown("the engine is closed")
             self._waiting.append(reply)
             self._changed.notify()
 
@@ -110,7 +114,7 @@ class Engine:
             except Exception as error:  # out of memory, say: these replies are lost, the server is not
                 self._fail(self._decoder.replies, error)
                 self._decoder = Decoder(self._model)
-        self._fail([*self._decoder.replies, *self._waiting], RuntimeError("the server is shutting down"))
+        self._fail([*self._decoder.replies, *self._waiting], ShuttingDown("the server is shutting down"))
 
     def _next_to_read(self) -> list[ServedReply]:
         """Take requests off the queue, as many as there are slots and as may be read at once."""

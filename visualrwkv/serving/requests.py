@@ -9,13 +9,14 @@ import json
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 from urllib.parse import urlsplit
 
-from visualrwkv.errors import InputError
+from visualrwkv.errors import InputError, short
 from visualrwkv.image_processing import load_image
 from visualrwkv.prompt import Turn, check_question, turns_from_messages
 from visualrwkv.sampling import Sampling
@@ -46,7 +47,8 @@ class Refused(Exception):
     """
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, headers=None):
-        super().__init__(message)
+        super().__init__(_sayable(message, 500))
+        param = None if param is None else _sayable(param, 64)
         self.status, self.param, self.code, self.headers = status, param, code, headers
 
     @property
@@ -56,6 +58,12 @@ class Refused(Exception):
         kind = "server_error" if self.status >= 500 else kinds.get(self.status, "invalid_request_error")
         message = " ".join(str(self).split())
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def _sayable(text: str, longest: int) -> str:
+    """What a client sent may come back in a message: in part, and without halves of characters."""
+    text = text if len(text) <= longest else f"{text[: longest - 3]}..."
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ class Limits:
         prompt_tokens: longest prompt, image positions included.
         remote_images: fetch pictures from the web.
         remote_bytes: size of one fetched picture.
-        remote_seconds: time for fetching one.
+        remote_seconds: time for fetching all pictures of a request.
     """
 
     body_bytes: int = 20 * 2**20
@@ -102,7 +110,7 @@ def parse(body: bytes, model: str, limits: Limits) -> ChatRequest:
     fields = {name: value for name, value in data.items() if value is not None}
     for name in fields:
         if name not in _KNOWN:
-            raise Refused(400, f"{name!r} is not supported; leave it out", name[:64], "unsupported_parameter")
+            raise Refused(400, f"{short(name)} is not supported; leave it out", name, "unsupported_parameter")
     for name, neutral in _NEUTRAL.items():
         if fields.get(name, neutral) != neutral:
             message = f"{name} is {_short(fields[name])}; only {json.dumps(neutral)} is supported"
@@ -126,7 +134,10 @@ def parse(body: bytes, model: str, limits: Limits) -> ChatRequest:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=True)
+    try:
+        text = json.dumps(value, ensure_ascii=True)
+    except RecursionError:
+        return "too deeply nested"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -201,6 +212,8 @@ def _check_message(message: Any, name: str) -> None:
         image = part["image_url"]
         if not isinstance(image, dict) or not isinstance(image.get("url"), str) or not image["url"]:
             raise Refused(400, f"{name}: image_url must be an object with the string 'url'", "messages")
+        if not image["url"].isascii():
+            raise Refused(400, f"{name}: the url of a picture holds characters that are not ASCII", "messages")
         if set(image) - {"url", "detail"} or image.get("detail") not in (None, "auto"):
             raise Refused(400, f"{name}: image_url may hold 'url', and 'detail' with the value \"auto\"", "messages")
         if message.get("role") != "user":
@@ -224,10 +237,10 @@ def check_prompt(request: ChatRequest, processor, limits: Limits) -> list[int]:
 
 def read_pictures(request: ChatRequest, processor, limits: Limits, recent: RecentPictures) -> list[Picture]:
     """The pictures of a request, with their features where they were seen lately, else with their pixels."""
-    pictures = []
+    pictures, until = [], time.monotonic() + limits.remote_seconds
     for number, source in enumerate(request.sources, 1):
         try:
-            sent = open_source(source, limits)
+            sent = open_source(source, limits, until - time.monotonic())
             digest = sha256(sent.encode() if isinstance(sent, str) else sent).digest()
             picture = Picture(digest, recent.get(digest))
             if picture.features is None:
@@ -239,8 +252,9 @@ def read_pictures(request: ChatRequest, processor, limits: Limits, recent: Recen
     return pictures
 
 
-def open_source(source: str, limits: Limits) -> str | bytes:
-    """What `load_image` takes, from the `url` of a request: a data URI, or what is behind an address, if allowed."""
+def open_source(source: str, limits: Limits, seconds: float) -> str | bytes:
+    """What `load_image` takes, from the `url` of a request: a data URI, or what is behind an address, if allowed and to
+    be had within some seconds."""
     if source.startswith("data:"):
         return source
     if not source.lower().startswith(("http://", "https://")):
@@ -249,7 +263,7 @@ def open_source(source: str, limits: Limits) -> str | bytes:
         raise InputError(
             "this server fetches no addresses (it was started without --allow-remote-images); send a data URI"
         )
-    return fetch(source, limits)
+    return fetch(source, limits, seconds)
 
 
 def is_public(address: str) -> bool:
@@ -264,7 +278,7 @@ def is_public(address: str) -> bool:
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
 
 
-def fetch(url: str, limits: Limits) -> bytes:
+def fetch(url: str, limits: Limits, seconds: float) -> bytes:
     """The bytes behind an address on the web.
 
     The connection goes to the very address that was checked, so a name that changes its meaning in between leads
@@ -284,18 +298,21 @@ def fetch(url: str, limits: Limits) -> bytes:
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     if not target.isascii() or any(character <= " " for character in target):
         raise InputError("the address of the picture holds characters that must be percent-encoded")
+    too_late = InputError(f"the picture could not be fetched: more than {limits.remote_seconds:g} s")
+    if seconds <= 0:
+        raise too_late
     connection = http.client.HTTPConnection(host, port)
     late = threading.Event()
     clock = None
     try:
-        raw = socket.create_connection((addresses[0], port), timeout=limits.remote_seconds)
+        raw = socket.create_connection((addresses[0], port), timeout=seconds)
         connection.sock = raw
 
         def give_up():
             late.set()
             raw.shutdown(socket.SHUT_RDWR)
 
-        clock = threading.Timer(limits.remote_seconds, give_up)
+        clock = threading.Timer(seconds, give_up)
         clock.daemon = True
         clock.start()
         if parts.scheme == "https":
@@ -307,14 +324,15 @@ def fetch(url: str, limits: Limits) -> bytes:
             raise InputError(f"the host of the picture answers with status {answer.status}{more}")
         data = answer.read(limits.remote_bytes + 1)
     except (OSError, http.client.HTTPException) as error:
-        reason = f"more than {limits.remote_seconds:g} s" if late.is_set() else type(error).__name__
-        raise InputError(f"the picture could not be fetched: {reason}") from None
+        if late.is_set() or isinstance(error, TimeoutError):
+            raise too_late from None
+        raise InputError(f"the picture could not be fetched: {type(error).__name__}") from None
     finally:
         if clock:
             clock.cancel()
         connection.close()
     if late.is_set():
-        raise InputError(f"the picture could not be fetched: more than {limits.remote_seconds:g} s")
+        raise too_late
     if len(data) > limits.remote_bytes:
         raise InputError(f"the picture is larger than {limits.remote_bytes / 2**20:g} MiB")
     return data
