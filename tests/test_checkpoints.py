@@ -293,6 +293,18 @@ def test_a_file_in_the_old_format_is_read(tmp_path):
     assert error(logits(old), logits(new)) == 0
 
 
+def test_a_safetensors_file_with_the_same_names(tmp_path, random_folder):
+    from safetensors.torch import save_file
+
+    from visualrwkv.loading import find, load
+
+    path = tmp_path / "official.safetensors"
+    save_file({name: tensor.clone() for name, tensor in official().items()}, path)
+    ours = load(path, dtype="float32").model
+    assert error(logits(ours), logits(load_checkpoint(golden_file("visualrwkv6.pth"), dtype=torch.float32)[0])) == 0
+    assert "pass that folder" in refusal(find, random_folder / "model.safetensors")
+
+
 def test_conversions_that_cannot_be(tmp_path, random_folder):
     (tmp_path / "empty").mkdir()
     assert "no config.json" in refusal(convert, tmp_path / "empty", tmp_path / "a.pth")

@@ -59,6 +59,10 @@ def test_overrides_reach_nested_keys_and_list_items(recipe_file):
         ("data.foresight=-0.1", "data.foresight is -0.1, expected a share"),
         ("data.scenes.curriculum.4.until=1", "no position in a list of 1"),
         ("steps", "written key=value"),
+        ("seed=-1", "seed is -1, expected 0 or more"),
+        ("betas=[1.5, 2]", "expected numbers from 0 to below 1"),
+        ("train.projector=.inf", "train.projector is inf"),
+        ("eval.batch_size=0", "eval.batch_size is 0, expected a number above 0"),
     ],
 )
 def test_wrong_overrides_are_refused_by_name(recipe_file, override, message):
@@ -171,6 +175,9 @@ def test_json_lines_are_read(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(json.dumps(talk("What", "red")) for _ in range(3)))
     assert len(read_llava(path)) == 3
+    odd = "one\u2028two\u2029three\x85four"  # line breaks for Python, characters for JSON
+    path.write_text(json.dumps(talk("What", odd), ensure_ascii=False) + "\r\n\n", encoding="utf-8")
+    assert read_llava(path)[0]["conversations"][1]["value"] == odd
 
 
 def test_scene_samples_depend_on_their_number_alone(vlm):

@@ -266,6 +266,16 @@ def test_linear_map_of_eight_bits(kernel, rows, dtype):
     assert y.dtype == dtype and error(y.double(), wanted) < (1e-5 if dtype == torch.float32 else 0.02)
 
 
+def test_eight_bits_stay_within_the_range_of_float16():
+    ours = Int8Linear.of(nn.Linear(512, 33, bias=False)).to(torch.float16)
+    x = 30 * torch.randn(40, 512).half()  # sums without the scale would be infinite
+    assert (x.float() @ ours.weight.float().T).abs().max() > torch.finfo(torch.float16).max
+    with torch.no_grad():
+        y = ours(x)
+    wanted = x.double() @ (ours.weight.double() * ours.scale.double()[:, None]).T
+    assert y.dtype == torch.float16 and error(y.double(), wanted) < 2e-3 * wanted.abs().max()
+
+
 @needs_kernel
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,5 +1,7 @@
 """Decoding with a state equals reading everything again, and the transformers interfaces around it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import build_random_model
@@ -253,6 +255,41 @@ def test_pipeline(random_folder, pictures):
     chat = [{"role": "user", "content": content}]
     answer = pipe(text=chat, max_new_tokens=4, generate_kwargs={"do_sample": False})
     assert isinstance(answer[0]["generated_text"][-1]["content"], str)
+
+
+def test_a_pipeline_ends_with_the_reply():
+    """With the embedded model, which was trained to end its replies with an empty line."""
+    from transformers import pipeline
+
+    from visualrwkv.loading import EMBEDDED
+
+    pipe = pipeline("image-text-to-text", model=str(EMBEDDED), device="cpu")
+    picture = {"type": "image", "image": str(Path(__file__).parents[1] / "docs/pictures/scene.png")}
+    chat = [{"role": "user", "content": [picture, {"type": "text", "text": "What number is on the sign?"}]}]
+    (answer,) = pipe(text=chat, return_full_text=False)
+    assert answer["generated_text"].strip() == "42"
+
+
+def test_stop_strings_of_transformers(random_folder):
+    from visualrwkv.loading import read_folder
+
+    model, processor = read_folder(random_folder)
+    inputs = processor(text="User: What?\n\nAssistant:", return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    options = {"max_new_tokens": 20, "eos_token_id": None}
+    free = model.generate(**inputs, **options)[0, length:].tolist()
+    words = [processor.tokenizer.decode([index]) for index in free]
+    stop = next(word for word in words[3:] if word.isprintable() and word.strip())
+    ids = model.generate(**inputs, **options, stop_strings=[stop], tokenizer=processor.tokenizer)[0, length:].tolist()
+    assert ids == free[: words.index(stop) + 1]
+
+
+def test_pictures_without_places_are_refused(bi):
+    ids, _ = row(bi, 1)
+    embeds = bi.rwkv.emb(ids)
+    for images in ({"pixel_values": torch.zeros(1, 3, 32, 32)}, {"image_features": torch.zeros(1, 16, 128)}):
+        with pytest.raises(ValueError, match="tell no places for images"):
+            bi(inputs_embeds=embeds, **images)
 
 
 def test_gradient_checkpointing_changes_no_gradient(tmp_path):

@@ -371,3 +371,14 @@ print(torch.backends.cpu.get_cpu_capability())
     code, out, err = python("-c", script, str(Path(__file__).parent), cache=cache, ATEN_CPU_CAPABILITY=capability)
     assert code == 0, err
     assert out.strip() in (capability.upper(), "DEFAULT", "NO AVX")
+
+
+@needs_kernel
+@pytest.mark.parametrize("form", [wkv6_kernel, wkv6_chunked])
+def test_a_second_derivative_is_refused(form):
+    """It would be missing without a word."""
+    inputs = [x.requires_grad_() for x in sample(1, 20, 2)]
+    y, _ = form(*inputs)
+    first = torch.autograd.grad(y.square().sum(), inputs[:5], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        sum(x.square().sum() for x in first).backward()

@@ -273,3 +273,10 @@ def test_wrong_dtypes_and_empty_sequences_are_named():
         wkv6_step(*inputs)
     with pytest.raises(ValueError, match="at least one time step"):
         wkv6(*(x[:, :0] for x in inputs[:4]), *inputs[4:])
+
+
+def test_no_sequence_gives_no_result():
+    for form in (wkv6, wkv6_chunked, wkv6_reference):
+        inputs = [x[:0] if x.dim() > 2 else x for x in sample(1, 20, 2)]
+        y, state = form(*inputs)
+        assert y.shape == (0, 20, 2, 64) and state.shape == (0, 2, 64, 64)

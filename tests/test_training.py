@@ -191,6 +191,49 @@ def test_worker_processes_deliver_the_same_samples(recipe, tmp_path):
     assert not changed(weights(tmp_path / "alone"), weights(tmp_path / "worker"))
 
 
+FAILING = """
+import sys
+from visualrwkv.cli import main
+
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_an_error_in_a_worker_process_is_one_line_and_the_end(recipe, tmp_path):
+    """Its workers hear no signal; the command must not wait for them."""
+    options = ["workers=2", "data.scenes={kinds: {relation: 1}, objects: [1, 1]}"]
+    command = [sys.executable, "-c", FAILING, "train", str(recipe()), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    *_, last = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and last.startswith("visualrwkv: error: data.scenes: "), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_rest_of_a_run_may_learn_at_another_rate(recipe, tmp_path, capsys):
+    assert training.run(recipe(), ["steps=2", "save_every=2"]) == 0
+    (tmp_path / "run" / "model.safetensors").unlink()
+    options = ["steps=4", "train.projector=1e-5", "train.language=1e-6", "final_rate=1", "weight_decay=0"]
+    assert training.run(recipe(), options) == 0
+    *_, last = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert last["step"] == 4 and last["lr"] == pytest.approx({"projector": 1e-5, "language": 1e-6})
+    before = (tmp_path / "run" / "recipe.yaml").read_text()
+    with pytest.raises(InputError, match="other parts learned there"):
+        training.run(recipe(), ["steps=6", "train={projector: 1e-3}"])
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == before
+
+
+def test_pictures_that_nobody_sees_are_told(own_data, tmp_path, capsys):
+    path = tmp_path / "data.json"
+    samples = json.loads(path.read_text())
+    turns = [{"from": "human", "value": "What"}, {"from": "gpt", "value": "red"}]
+    marked = [{"from": "human", "value": "<image>\nWhat"}, turns[1]]
+    path.write_text(json.dumps([*samples, {"image": "good.png", "conversations": turns}, {"conversations": marked}]))
+    assert training.run(own_data, ["epochs=1", "train={projector: 1e-3}"]) == 0
+    err = capsys.readouterr().err
+    assert f"{path}: 1 of 5 samples name a picture but have no <image>; it is not shown" in err
+    assert f"{path}: 1 of 5 samples have <image> but name no picture; it is read as text" in err
+
+
 def test_a_full_disk_keeps_the_last_good_checkpoint(recipe, tmp_path, monkeypatch):
     original, calls = torch.save, []
 

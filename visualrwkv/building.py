@@ -1,6 +1,7 @@
 """From a recipe's `model` section to a model and its processor."""
 
 import itertools
+from dataclasses import fields
 from pathlib import Path
 
 from visualrwkv.errors import InputError
@@ -37,23 +38,33 @@ def _load(recipe):
 
 
 def _start(recipe):
-    from visualrwkv.configuration import VisualRWKVConfig
+    from visualrwkv.configuration import VisualRWKVConfig, VisualRWKVTextConfig
+    from visualrwkv.loading import one_line
     from visualrwkv.modeling import VisualRWKVForConditionalGeneration
     from visualrwkv.processing import VisualRWKVProcessor
 
     new = recipe.model.new
+    unknown = sorted(set(new.language) - {field.name for field in fields(VisualRWKVTextConfig)})
+    if unknown:
+        raise InputError(f"model.new.language: unknown keys {', '.join(map(str, unknown))}; see VisualRWKVTextConfig")
     tokenizer = tokenizer_for(new, recipe.output)
     vision = vision_config_for(new.vision)
-    config = VisualRWKVConfig(
-        text_config={**new.language, "vocab_size": tokenizer.image_token_id + 1},
-        vision_config=vision,
-        projector=new.projector,
-        scan=new.scan,
-        prompt=new.prompt,
-        grid_size=new.grid_size,
-        image_token_id=tokenizer.image_token_id,
-    )
-    model = VisualRWKVForConditionalGeneration.from_scratch(config)
+    try:
+        config = VisualRWKVConfig(
+            text_config={**new.language, "vocab_size": tokenizer.image_token_id + 1},
+            vision_config=vision,
+            projector=new.projector,
+            scan=new.scan,
+            prompt=new.prompt,
+            grid_size=new.grid_size,
+            image_token_id=tokenizer.image_token_id,
+        )
+        model = VisualRWKVForConditionalGeneration.from_scratch(config)
+    except InputError:
+        raise
+    except Exception as error:  # sizes that make no model fail in many ways
+        raise InputError(f"model.new: no model can be made of these sizes: {one_line(error, 200)}") from error
+    model.generation_config.eos_token_id = tokenizer.turn_end_ids
     fill_tower(model, new.vision)
     processor = VisualRWKVProcessor(
         image_processor_for(new, vision), tokenizer, num_image_tokens=config.num_image_tokens, prompt=config.prompt
@@ -103,10 +114,14 @@ def fill_tower(model, vision):
 def image_processor_for(new, config):
     """As the tower saw its pictures: the folder's own file, or a new one of the tower's size with the options given."""
     from visualrwkv.image_processing import VisualRWKVImageProcessor
+    from visualrwkv.loading import one_line
 
-    if isinstance(new.vision, str) and (Path(new.vision) / _IMAGE_FILE).is_file():
-        return VisualRWKVImageProcessor.from_pretrained(new.vision, **new.image)
-    return VisualRWKVImageProcessor(size=config.image_size, **new.image)
+    try:
+        if isinstance(new.vision, str) and (Path(new.vision) / _IMAGE_FILE).is_file():
+            return VisualRWKVImageProcessor.from_pretrained(new.vision, **new.image)
+        return VisualRWKVImageProcessor(size=config.image_size, **new.image)
+    except TypeError as error:  # an unknown name, or the size, which the tower has
+        raise InputError(f"model.new.image: {one_line(error, 200)}") from None
 
 
 def tokenizer_for(new, output):

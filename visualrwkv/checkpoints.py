@@ -181,6 +181,7 @@ def _build(tensors, source, device, dtype, scan=None, prompt=None, vision=None, 
     del ours
     _fill_constants(model, device, dtype)
     model.config.dtype = model.dtype
+    model.generation_config.eos_token_id = tokenizer.turn_end_ids
     processor = VisualRWKVProcessor(
         VisualRWKVImageProcessor(size=config.vision_config.image_size),
         tokenizer,

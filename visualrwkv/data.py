@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from visualrwkv.errors import InputError
+from visualrwkv.prompt import MARKER
 
 IGNORE = -100
 _PAD_MULTIPLE = 16  # the chunk length of the recurrence; other lengths would be padded inside every layer again
@@ -58,6 +59,10 @@ class JsonDataset(Dataset):
         seed: of the order.
         length: how many items; set by the stage, which knows the number of steps.
         foresight: share of conversations whose first picture stands below all of their questions.
+
+    Attributes:
+        unshown: how many samples name a picture but have no <image>, so that it is left out, as in the public code.
+        unnamed: how many have <image> but name no picture; the characters are then ordinary text.
     """
 
     def __init__(self, path, images, processor, max_length, seed=0, length=None, foresight=1.0):
@@ -67,6 +72,8 @@ class JsonDataset(Dataset):
             raise InputError(f"{self.folder}: no such picture folder; data.images names it")
         self.processor, self.max_length, self.seed, self.foresight = processor, max_length, seed, foresight
         self.length = len(self.samples) if length is None else length
+        self.unshown = sum(bool(sample.get("image")) and not _marks(sample) for sample in self.samples)
+        self.unnamed = sum(not sample.get("image") and _marks(sample) for sample in self.samples)
         self._order = (None, None)  # the pass last asked for and its permutation
 
     def __len__(self):
@@ -124,7 +131,7 @@ def read_llava(path):
         raise InputError(f"{path}: cannot be read ({error}); data.json names a LLaVA-format file") from error
     try:
         lines = path.suffix == ".jsonl"
-        samples = [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
+        samples = [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(samples, list) or not samples:
@@ -134,6 +141,11 @@ def read_llava(path):
         if complaint:
             raise InputError(f"{path}: {_sample_name(sample, number)}: {complaint}")
     return samples
+
+
+def _marks(sample):
+    """Whether a turn of the user has a place for a picture."""
+    return any(turn["from"] == "human" and MARKER in turn["value"] for turn in sample["conversations"])
 
 
 def _sample_name(sample, number):

@@ -28,6 +28,7 @@ from visualrwkv.runs import (
     writing,
 )
 
+_IN_WORKER = "in DataLoader worker process"
 # arrays of one number per channel, whatever shape they are stored in: weight decay is not for them
 _VECTORS = ("time_faaaa", "time_decay", "pos_embed", "positional_embedding", "class_embedding", "cls_token")
 
@@ -43,6 +44,7 @@ class StageTrainer(Trainer):
     def __init__(self, recipe, groups, **kwargs):
         super().__init__(**kwargs)
         self.recipe, self.groups = recipe, groups
+        self._loader = None
         self.skipped = {}  # name of a sample that could not be used -> why
 
     def get_train_dataloader(self):
@@ -60,7 +62,15 @@ class StageTrainer(Trainer):
             worker_init_fn=_start_worker,
             pin_memory=self.args.device.type == "cuda",
         )
-        return self.accelerator.prepare(loader)
+        self._loader = self.accelerator.prepare(loader)
+        return self._loader
+
+    def end_workers(self):
+        """Let the processes that prepare samples end. They hear no signal, so Python, which ends what is left of them
+        by one, would wait for them for ever where an error keeps their loader alive."""
+        iterator = getattr(self._loader, "_iterator", None)
+        if iterator is not None and hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
@@ -75,6 +85,26 @@ class StageTrainer(Trainer):
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """The moments and the step of the checkpoint, the rates and decays of the recipe: who changes them for the rest
+        of a run means it."""
+        wanted = [dict(group) for group in self.optimizer.param_groups]
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            if checkpoint and "parameter group" in str(error):
+                raise InputError(
+                    f"{checkpoint}: other parts learned there than 'train' and 'weight_decay' name now; choose another "
+                    "output, and model.from to begin with what was learned"
+                ) from error
+            raise
+        scheduler = self.lr_scheduler
+        scheduler.base_lrs = [group["initial_lr"] for group in wanted]
+        shares = [share(scheduler.last_epoch) for share in scheduler.lr_lambdas]
+        for group, of_recipe, share in zip(self.optimizer.param_groups, wanted, shares, strict=True):
+            kept = {name: of_recipe[name] for name in ("initial_lr", "weight_decay", "betas")}
+            group.update(kept, lr=of_recipe["initial_lr"] * share)
 
     def autocast_smart_context_manager(self, cache_enabled=True):
         if self.recipe.precision == "bf16":
@@ -91,7 +121,7 @@ class StageTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
         loss = outputs["loss"]
-        if self.args.world_size > 1:
+        if self.args.world_size > 1 or not loss.requires_grad:  # no picture, and the language model is frozen
             loss = loss + self._touch_image_path()
         return (loss, outputs) if return_outputs else loss
 
@@ -135,7 +165,7 @@ def rate_schedule(warmup, steps, final):
 
 
 class Progress(TrainerCallback):
-    """A bar on stderr, and one JSON line in log.jsonl for every logged step."""
+    """The recipe in the output folder, a bar on stderr, and one JSON line in log.jsonl for every logged step."""
 
     def __init__(self, recipe, evaluate=None):
         self.recipe, self.evaluate, self.bar = recipe, evaluate, None
@@ -143,6 +173,9 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         from tqdm import tqdm
 
+        if state.is_world_process_zero:  # not before: what cannot be gone on with must not replace the recipe
+            with writing(None, args.output_dir):
+                save_recipe(self.recipe, Path(args.output_dir) / "recipe.yaml")
         self.bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
@@ -267,7 +300,6 @@ def train(recipe, model, dataset, collator, groups, steps, processor=None, evalu
     if is_main_process():
         with writing(None, output):
             output.mkdir(parents=True, exist_ok=True)
-            save_recipe(recipe, output / "recipe.yaml")
     trainer = StageTrainer(
         recipe,
         groups,
@@ -287,9 +319,19 @@ def train(recipe, model, dataset, collator, groups, steps, processor=None, evalu
                 raise InputError(
                     f"{resume}: the checkpoint is of another model; choose another output or resume=none"
                 ) from error
+            if "DataLoader worker" in str(error):
+                raise InputError(
+                    f"a process that prepares samples ended ({str(error).splitlines()[0]}); out of memory? Use fewer "
+                    "workers or a smaller batch_size; the same command goes on from the newest checkpoint"
+                ) from None
+            raise
+        except InputError as error:
+            if _IN_WORKER in str(error):  # with the worker's traceback in front
+                raise InputError(str(error).strip().splitlines()[-1].partition(": ")[2]) from None
             raise
         finally:
             progress.close()
+            trainer.end_workers()
     if trainer.skipped:
         print(f"{len(trainer.skipped)} samples could not be used and were skipped", file=sys.stderr)
     if interruption.signal is not None and trainer.state.global_step < steps:

@@ -81,8 +81,10 @@ def find(name: str | os.PathLike | None) -> Path:
     if path.is_dir():
         return path
     if path.is_file():
-        if path.suffix != ".pth":
-            raise InputError(f"{name}: a checkpoint file must end in .pth; for safetensors pass the folder they are in")
+        if path.suffix == ".safetensors" and (path.parent / "config.json").is_file():
+            raise InputError(f"{name}: belongs to the folder it is in; pass that folder")
+        if path.suffix not in (".pth", ".safetensors"):
+            raise InputError(f"{name}: a checkpoint file must end in .pth or .safetensors")
         return path
     if not _HUB_NAME.fullmatch(name) or name.startswith((".", "~", "/")):
         raise InputError(

@@ -173,6 +173,8 @@ class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, GenerationMi
             raise InputError("pass either input_ids or inputs_embeds")
         if pixel_values is not None and image_features is not None:
             raise InputError("pass either pixel_values or image_features")
+        if input_ids is None and not (pixel_values is None and image_features is None):
+            raise InputError("inputs_embeds tell no places for images; pass input_ids with them")
         starts = None
         if input_ids is not None:
             if pixel_values is not None:
@@ -230,6 +232,7 @@ class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, GenerationMi
         self, input_ids, inputs_embeds=None, image_features=None, is_first_iteration=False, **kwargs
     ):
         """Images are read with the prompt, and again only where there is no state (`use_cache=False`)."""
+        kwargs.pop("tokenizer", None)  # which transformers hands on where `stop_strings` need it
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )

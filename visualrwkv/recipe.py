@@ -6,6 +6,7 @@ and the known ones of its level are listed, so that a misspelt key never silentl
 """
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -329,7 +330,7 @@ def _validate(recipe, source):
     parts = PARTS.get(recipe.stage, ())
     for part, rate in recipe.train.items():
         need(part in parts or not parts, f"train.{part}: the {recipe.stage} stage trains {', '.join(parts)}")
-        need(rate >= 0, f"train.{part} is {rate}, a learning rate is 0 (frozen) or positive")
+        need(0 <= rate < math.inf, f"train.{part} is {rate}, a learning rate is 0 (frozen) or positive")
     need(
         any(rate > 0 for rate in recipe.train.values()),
         "train: no part has a learning rate above 0, nothing would learn",
@@ -341,10 +342,14 @@ def _validate(recipe, source):
     need(recipe.precision in ("fp32", "bf16"), f"precision is {recipe.precision!r}, expected fp32 or bf16")
     for name in ("steps", "epochs", "batch_size", "accumulate", "save_every", "keep", "log_every"):
         value = getattr(recipe, name)
-        need(value is None or value > 0, f"{name} is {value}, expected a number above 0")
-    for name in ("warmup", "final_rate", "weight_decay", "clip", "workers"):
-        need(getattr(recipe, name) >= 0, f"{name} is {getattr(recipe, name)}, expected 0 or more")
-    need(recipe.eval.every >= 0 and recipe.eval.pictures > 0, "eval: 'every' is 0 or more, 'pictures' above 0")
+        need(value is None or 0 < value < math.inf, f"{name} is {value}, expected a number above 0")
+    for name in ("warmup", "final_rate", "weight_decay", "clip", "workers", "seed"):
+        value = getattr(recipe, name)
+        need(0 <= value < math.inf, f"{name} is {value}, expected 0 or more")
+    need(all(0 <= beta < 1 for beta in recipe.betas), f"betas are {recipe.betas}, expected numbers from 0 to below 1")
+    need(recipe.eval.every >= 0, f"eval.every is {recipe.eval.every}, expected 0 (never) or more")
+    for name in ("pictures", "batch_size"):
+        need(getattr(recipe.eval, name) > 0, f"eval.{name} is {getattr(recipe.eval, name)}, expected a number above 0")
     if recipe.stage == "contrastive":
         need(recipe.data.scenes is not None, "data: the contrastive stage learns from drawn scenes, give 'scenes'")
         need(

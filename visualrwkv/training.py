@@ -111,6 +111,13 @@ def build_dataset(recipe, processor):
         return samples, steps
     dataset = JsonDataset(data.json, data.images, processor, data.max_length, recipe.seed, foresight=data.foresight)
     steps, dataset.length = count_samples(recipe, len(dataset.samples))
+    if is_main_process():
+        for count, what in (
+            (dataset.unshown, "name a picture but have no <image>; it is not shown"),
+            (dataset.unnamed, "have <image> but name no picture; it is read as text"),
+        ):
+            if count:
+                print(f"{data.json}: {count} of {len(dataset.samples)} samples {what}", file=sys.stderr)
     return dataset, steps
 
 

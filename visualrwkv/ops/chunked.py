@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from visualrwkv.ops.reference import check_arguments, compute_dtype
+from visualrwkv.ops.reference import check_arguments, compute_dtype, wkv6_reference
 
 # Tokens per chunk: long ones are faster unless more than a few channels decay too much in them for the matrix product.
 _LONG, _SHORT = 32, 16
@@ -53,6 +53,8 @@ def wkv6_chunked(
     Gradients flow to r, k, v, w, u and the initial state, from both y and the final state; not twice differentiable.
     """
     check_arguments(r, k, v, w, u, state)
+    if r.shape[0] == 0:  # no sequence, nothing to divide
+        return wkv6_reference(r, k, v, w, u, state)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (r, k, v, w, u, state)):
         return _ChunkedWKV6.apply(r, k, v, w, u, state)
     with torch.autocast(r.device.type, enabled=False):

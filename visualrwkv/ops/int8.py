@@ -62,7 +62,9 @@ class Int8Linear(nn.Module):
             return y.view(*x.shape[:-1], self.out_features)
         # Many rows: the weights go back to x's precision, piece by piece, for PyTorch's matrix product.
         step = max(1, _AT_ONCE // self.in_features)
-        pieces = [linear(x, piece.to(x.dtype)) for piece in self.weight.split(step)]
+        # sums of integers without their scale leave the range of float16
+        dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+        pieces = [linear(x.to(dtype), piece.to(dtype)) for piece in self.weight.split(step)]
         y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
         return (y * self.scale).to(x.dtype)
 

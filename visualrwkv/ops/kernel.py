@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from visualrwkv.ops.reference import check_arguments, compute_dtype
 
@@ -144,6 +145,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
+@once_differentiable
 def _backward(ctx, dy, dfinal):
     if dy is None and dfinal is None:
         return None, None, None, None, None, None
