@@ -10,7 +10,7 @@ import torch
 from golden_data import GOLDEN
 
 from visualrwkv.errors import InputError
-from visualrwkv.streaming import ReplyText, StopAtTurnEnd, Utf8Streamer
+from visualrwkv.streaming import ReplyText, StopAtTurnEnd, Utf8Streamer, turn_end_ids
 from visualrwkv.tokenization import (
     RWKVWorldTokenizer,
     read_vocabulary,
@@ -288,3 +288,10 @@ def test_stop_at_turn_end_sees_decoded_text_in_each_row(world):
     both = torch.tensor([[59, 98, 261], [59, 98, 98]])
     assert StopAtTurnEnd(world, 1)(both).tolist() == [True, False]
     assert StopAtTurnEnd(world, 3)(both).tolist() == [False, False]
+
+
+def test_ids_that_end_a_reply():
+    world = RWKVWorldTokenizer()
+    ids = turn_end_ids(world)
+    assert ids[0] == 0 and 261 in ids and all(b"\n\n" in world.vocabulary.tokens[index] for index in ids[1:])
+    assert len(ids) == 1 + sum(b"\n\n" in token for token in world.vocabulary.tokens.values()) == 35

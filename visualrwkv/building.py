@@ -42,6 +42,7 @@ def _start(recipe):
     from visualrwkv.loading import one_line
     from visualrwkv.modeling import VisualRWKVForConditionalGeneration
     from visualrwkv.processing import VisualRWKVProcessor
+    from visualrwkv.streaming import turn_end_ids
 
     new = recipe.model.new
     unknown = sorted(set(new.language) - {field.name for field in fields(VisualRWKVTextConfig)})
@@ -64,7 +65,7 @@ def _start(recipe):
         raise
     except Exception as error:  # sizes that make no model fail in many ways
         raise InputError(f"model.new: no model can be made of these sizes: {one_line(error, 200)}") from error
-    model.generation_config.eos_token_id = tokenizer.turn_end_ids
+    model.generation_config.eos_token_id = turn_end_ids(tokenizer)
     fill_tower(model, new.vision)
     processor = VisualRWKVProcessor(
         image_processor_for(new, vision), tokenizer, num_image_tokens=config.num_image_tokens, prompt=config.prompt

@@ -155,6 +155,7 @@ def _build(tensors, source, device, dtype, scan=None, prompt=None, vision=None, 
     from visualrwkv.image_processing import VisualRWKVImageProcessor
     from visualrwkv.modeling import VisualRWKVForConditionalGeneration
     from visualrwkv.processing import VisualRWKVProcessor
+    from visualrwkv.streaming import turn_end_ids
 
     text = text_config(tensors, source, "rwkv.")
     old = text.version == 5
@@ -181,7 +182,7 @@ def _build(tensors, source, device, dtype, scan=None, prompt=None, vision=None, 
     del ours
     _fill_constants(model, device, dtype)
     model.config.dtype = model.dtype
-    model.generation_config.eos_token_id = tokenizer.turn_end_ids
+    model.generation_config.eos_token_id = turn_end_ids(tokenizer)
     processor = VisualRWKVProcessor(
         VisualRWKVImageProcessor(size=config.vision_config.image_size),
         tokenizer,

@@ -154,6 +154,13 @@ def _line_breaks(vocabulary: Vocabulary) -> torch.Tensor:
     return rows.T.contiguous()
 
 
+def turn_end_ids(tokenizer: RWKVWorldTokenizer) -> list[int]:
+    """Ids that end a reply by themselves, for `eos_token_id` of transformers: end of text, and every token that holds an
+    empty line. One that is made of two tokens is seen by `StopAtTurnEnd` alone."""
+    end, tokens = TURN_END.encode(), tokenizer.vocabulary.tokens
+    return [tokenizer.eos_token_id, *(index for index, token in tokens.items() if end in token)]
+
+
 class StopAtTurnEnd(StoppingCriteria):
     """Stops each row as soon as its generated text holds an empty line.
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from transformers.tokenization_python import AddedToken, PythonBackend
 
 from visualrwkv.errors import InputError
-from visualrwkv.prompt import TURN_END
 
 VOCAB_FILE = "rwkv_vocab.txt"
 WORLD_VOCAB_FILE = "rwkv_vocab_v20230424.txt"
@@ -232,13 +231,6 @@ class RWKVWorldTokenizer(PythonBackend):
             special_tokens_pattern="none",
             **kwargs,
         )
-
-    @property
-    def turn_end_ids(self) -> list[int]:
-        """Ids with which transformers' `generate` ends a reply: end of text, and every token that holds an empty line.
-        An empty line may also be made of two tokens; `streaming.StopAtTurnEnd` sees that one, too."""
-        empty_line = TURN_END.encode()
-        return [END_TOKEN_ID, *(index for index, token in self.vocabulary.tokens.items() if empty_line in token)]
 
     @property
     def vocab_size(self) -> int:
