@@ -155,8 +155,8 @@ def _line_breaks(vocabulary: Vocabulary) -> torch.Tensor:
 
 
 def turn_end_ids(tokenizer: RWKVWorldTokenizer) -> list[int]:
-    """Ids that end a reply by themselves, for `eos_token_id` of transformers: end of text, and every token that holds an
-    empty line. One that is made of two tokens is seen by `StopAtTurnEnd` alone."""
+    """Ids that end a reply by themselves, for `eos_token_id` of transformers: end of text, and every token that holds
+    an empty line. One that is made of two tokens is seen by `StopAtTurnEnd` alone."""
     end, tokens = TURN_END.encode(), tokenizer.vocabulary.tokens
     return [tokenizer.eos_token_id, *(index for index, token in tokens.items() if end in token)]
 
