@@ -64,9 +64,7 @@ def write_chat(path: str | os.PathLike, moment: Moment, fingerprint: str) -> Non
         "unread": json.dumps(moment.unread),
         "seen": json.dumps(moment.state.seen if moment.state else 0),
     }
-    partial = (
-        path.parent / f".{secrets.token_hex(8)}.part"
-    )  # short: the name of the file may be as long as names can be
+    partial = path.parent / f".{secrets.token_hex(8)}.part"  # a name made of the file's could be too long
     try:
         if path.is_dir():
             raise InputError(f"{path}: is a folder; pass the name of a file to write")
