@@ -39,7 +39,7 @@ LAYERS = [
     ["scenes.card"],
     ["building"],
     ["contrastive"],
-    ["training"],
+    ["training", "inspection"],
     ["cli"],
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

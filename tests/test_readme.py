@@ -40,7 +40,7 @@ def test_every_command_is_shown_and_parses():
     parsed = [cli.build_parser().parse_args(command[1:]) for command in COMMANDS]
     shown = {command[1] for command in COMMANDS}
     assert len(parsed) > len(shown) and shown == {
-        *("ask", "chat", "demo", "serve", "scenes", "train", "convert", "info"),
+        *("ask", "chat", "demo", "serve", "scenes", "inspect", "train", "convert", "info"),
         *("eval", "score", "export", "report"),
     }
 

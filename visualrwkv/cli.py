@@ -92,6 +92,13 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("config", metavar="CONFIG.yaml", help="recipe, for instance from configs/")
     train.add_argument("overrides", metavar="key=value", nargs="*", help="fields of the recipe to change")
 
+    inspect = _command(commands, "inspect", run_inspect, "what a training set holds, and which samples are unusable")
+    inspect.add_argument("data", metavar="DATA.json", help="LLaVA-format file, JSON or JSON lines")
+    inspect.add_argument("--images", metavar="DIR", help="folder that picture names start from (default: the file's)")
+    inspect.add_argument("--max-length", metavar="N", type=int, default=2048, help="longest sample (default 2048)")
+    inspect.add_argument("--model", metavar="M", help="whose tokens are counted (default: the embedded model)")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
     convert = _command(commands, "convert", run_convert, "turn a .pth checkpoint into a folder, or back")
     convert.add_argument("source", metavar="SRC")
     convert.add_argument("target", metavar="DST")
@@ -306,6 +313,20 @@ def run_train(arguments):
     from visualrwkv import training
 
     return training.run(arguments.config, arguments.overrides)
+
+
+def run_inspect(arguments):
+    """`visualrwkv inspect`"""
+    import json
+
+    from visualrwkv.inspection import inspect, table
+    from visualrwkv.loading import load
+
+    if arguments.max_length < 1:
+        raise InputError(f"--max-length is {arguments.max_length}; use a whole number from 1")
+    processor = load(arguments.model, device="cpu").processor
+    result = inspect(arguments.data, arguments.images, processor, arguments.max_length)
+    print(json.dumps(result, ensure_ascii=False) if arguments.json else table(result))
 
 
 def run_convert(arguments):

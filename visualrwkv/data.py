@@ -87,7 +87,7 @@ class JsonDataset(Dataset):
             try:
                 return {**self.encode(self.samples[number], foresight), "skipped": skipped}
             except InputError as error:
-                skipped.append((_sample_name(self.samples[number], number), str(error)))
+                skipped.append((sample_name(self.samples[number], number), str(error)))
         raise InputError(f"no sample can be used; the first one: {skipped[0][0]}: {skipped[0][1]}")
 
     def _permutation(self, epoch):
@@ -139,7 +139,7 @@ def read_llava(path):
     for number, sample in enumerate(samples):
         complaint = _complaint(sample)
         if complaint:
-            raise InputError(f"{path}: {_sample_name(sample, number)}: {complaint}")
+            raise InputError(f"{path}: {sample_name(sample, number)}: {complaint}")
     return samples
 
 
@@ -148,7 +148,8 @@ def _marks(sample):
     return any(turn["from"] == "human" and MARKER in turn["value"] for turn in sample["conversations"])
 
 
-def _sample_name(sample, number):
+def sample_name(sample, number):
+    """How messages call a sample."""
     label = sample.get("id") if isinstance(sample, dict) else None
     return f"sample {number}" + (f" (id {label})" if label is not None else "")
 
@@ -188,18 +189,33 @@ def encode_sample(processor, turns, max_length, foresight=True):
         InputError: nothing to learn from is left.
     """
     turns = list(turns)
-    while turns:
-        input_ids, labels = processor.encode_turns(turns, open_reply=False, foresight=foresight)
-        if len(input_ids) <= max_length:
-            break
-        if sum(turn.role == "assistant" for turn in turns) <= 1:
-            raise InputError(f"its first turns have {len(input_ids)} tokens, more than data.max_length {max_length}")
-        turns.pop()
-        while turns[-1].role != "assistant":
-            turns.pop()
-    if not turns or all(label == IGNORE for label in labels):
+    ends = [number for number, turn in enumerate(turns, 1) if turn.role == "assistant"]
+    if not ends:
         raise InputError("it holds no reply to learn from")
-    return {"input_ids": input_ids, "labels": labels, "images": sum(turn.images for turn in turns)}
+
+    def encode(count):
+        return processor.encode_turns(turns[:count], open_reply=False, foresight=foresight)
+
+    count = len(turns)
+    encoded = encode(count)
+    if len(encoded[0]) > max_length:
+        encoded = encode(ends[0])
+        if len(encoded[0]) > max_length:
+            raise InputError(f"its first turns have {len(encoded[0])} tokens, more than data.max_length {max_length}")
+        low, high = 0, len(ends) - (ends[-1] == len(turns))  # with reply `low` it fits, with reply `high` it does not
+        count = ends[low]
+        while high - low > 1:  # by halves: to encode a long conversation once for each of its turns takes long
+            middle = (low + high) // 2
+            longer = encode(ends[middle])
+            if len(longer[0]) <= max_length:
+                low, count, encoded = middle, ends[middle], longer
+            else:
+                high = middle
+    input_ids, labels = encoded
+    if all(label == IGNORE for label in labels):
+        raise InputError("it holds no reply to learn from")
+    images = sum(turn.images for turn in turns[:count])
+    return {"input_ids": input_ids, "labels": labels, "images": images, "turns": count}
 
 
 def pixels(image_processor, pictures):
