@@ -43,8 +43,9 @@
         {childList: true, subtree: true, characterData: true});
 
     const KEY = "visualrwkv-language";
+    const stored = (use) => { try { return use(localStorage); } catch { return null; } };  // a browser may forbid it
     window.visualrwkv = {
-        language: () => ["en", "zh"].find((known) => known === localStorage.getItem(KEY)) ?? null,
-        choose: (language) => { localStorage.setItem(KEY, language); },
+        language: () => ["en", "zh"].find((known) => known === stored((place) => place.getItem(KEY))) ?? null,
+        choose: (language) => { stored((place) => place.setItem(KEY, language)); },
     };
 }

@@ -48,15 +48,16 @@ def evaluate(arguments):
         check_settings(out, settings, arguments.force)
         answers = earlier(bench, questions, out)
         todo = [questions[index] for index in own if answers[index] is None]
+        failed = []
         if todo:
             write_settings(out / RUN_FILE, settings)
             end_line(file)
+            answerer = Answerer(
+                vlm, bench, arguments.batch_size, arguments.max_new_tokens, arguments.workers, settings["blank_image"]
+            )
+            failed = write_answers(answerer, todo, len(own), file, settings["model"])
         else:
             print(f"{file.name}: all {len(own)} predictions are there", file=sys.stderr)
-        answerer = Answerer(
-            vlm, bench, arguments.batch_size, arguments.max_new_tokens, arguments.workers, settings["blank_image"]
-        )
-        failed = write_answers(answerer, todo, len(own), file, settings["model"]) if todo else []
     wait_for_others()
     if failed:
         (first, reason), *_ = failed
