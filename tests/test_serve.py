@@ -361,6 +361,17 @@ def test_replies_under_way_are_told_when_the_server_ends(vlm, monkeypatch, capfd
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_complete_after_the_end_of_the_engine_is_told(vlm, capfd, stream):
+    body = {"model": "tiny-random", "messages": [USER], "stream": stream}
+    with running(vlm, slots=4, limits=LIMITS) as (service, address):
+        service.engine.close()  # as the server does shortly before it cuts connections
+        answer = httpx.post(address + "/v1/chat/completions", json=body)
+    assert "the server is shutting down; try again later" in answer.text
+    assert answer.text.endswith("data: [DONE]\n\n") if stream else answer.status_code == 503
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_what_nobody_thought_of_is_an_answer_too(server, client, monkeypatch, vlm):
     def broken(*arguments):
         raise LookupError("odd")

@@ -43,6 +43,25 @@ def test_replies_leave_and_join_without_touching_each_other(vlm):
         line.submit(replies[0])
 
 
+def test_who_has_left_does_not_wait_on_while_no_slot_is_free(vlm, monkeypatch):
+    """Clients that come and go while all slots are taken would fill the queue with their pictures."""
+    monkeypatch.setattr(engine.ServedReply, "take", lambda self, token: self.tokens.append(token) or "x")
+    ids, _ = vlm.processor.encode_turns([Turn("user", "What?")], open_reply=True)
+    line = engine.Engine(vlm, slots=1)
+    tokenizer = vlm.processor.tokenizer
+    endless, stays, *gone = (engine.ServedReply(tokenizer, Sampling(), ids, [], lambda *event: None) for _ in range(20))
+    line.submit(endless)
+    wait_until(lambda: line.load == (1, 0))
+    for reply in (*gone[:9], stays, *gone[9:]):
+        line.submit(reply)
+    for reply in gone:
+        reply.cancelled.set()
+    wait_until(lambda: line.load == (1, 1))
+    endless.cancelled.set()
+    wait_until(lambda: stays.tokens)
+    line.close()
+
+
 def test_pictures_seen_lately_are_not_encoded_again(vlm, pictures, picture_file, monkeypatch):
     encoded, told = [], []
     encode = vlm.model.get_image_features

@@ -234,13 +234,15 @@ class Service:
             while True:
                 text, finish = await events.get()
                 if isinstance(finish, ShuttingDown):
-                    raise Refused(503, f"{finish}; try again later", code="shutting_down")
+                    raise finish
                 if isinstance(finish, Exception):
                     print(f"visualrwkv: a reply failed: {finish!r}", file=sys.stderr)
                     raise Refused(500, "the reply failed in the server; its log says why")
                 yield text, finish
                 if finish:
                     return
+        except ShuttingDown:
+            raise Refused(503, "the server is shutting down; try again later", code="shutting_down") from None
         finally:
             reply.cancelled.set()
 

@@ -120,10 +120,9 @@ class Engine:
         """Take requests off the queue, as many as there are slots and as may be read at once."""
         chosen: list[ServedReply] = []
         with self._changed:
+            # also while no slot is free: clients that come and go must not fill the queue beyond its bound
+            self._waiting = deque(reply for reply in self._waiting if not reply.cancelled.is_set())
             while self._waiting and len(self._decoder.replies) + len(chosen) < self.slots:
-                if self._waiting[0].cancelled.is_set():
-                    self._waiting.popleft()
-                    continue
                 longest = max(len(reply.ids) for reply in (*chosen, self._waiting[0]))
                 if chosen and longest * (len(chosen) + 1) > PREFILL_POSITIONS:
                     break
