@@ -109,7 +109,7 @@ class Service:
 
     def __init__(self, vlm, settings: Settings):
         self.engine = Engine(vlm, settings.slots, self._hand_over)
-        self.tickets = settings.slots + settings.queue
+        self.places = self.tickets = settings.slots + settings.queue
         self.card = {"id": settings.model, "object": "model", "created": int(time.time()), "owned_by": "visualrwkv"}
         self._processor, self._settings, self._limits = vlm.processor, settings, settings.limits
         self._readers = ThreadPoolExecutor(READERS, "reader")
@@ -133,6 +133,9 @@ class Service:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # a page in a browser can send other types to any server, unasked
             raise Refused(415, "the Content-Type must be application/json")
+        encoding = request.headers.get("content-encoding", "identity")
+        if encoding.strip().lower() != "identity":
+            raise Refused(415, f"the Content-Encoding {encoding} is not supported; send the body as it is")
         if not self.tickets:
             with contextlib.suppress(Refused):
                 await self._body(request, keep=False)  # a client that is still writing would not read the answer
@@ -352,6 +355,8 @@ def make_server(vlm, settings: Settings):
     """A uvicorn server; `run(sockets=[...])` serves until Ctrl-C."""
     import uvicorn
 
+    from visualrwkv.serving.connections import BACKLOG, Connection
+
     class Server(uvicorn.Server):
         async def shutdown(self, sockets=None):
             """Shortly before connections are cut, replies still under way end with an error that says why."""
@@ -363,7 +368,12 @@ def make_server(vlm, settings: Settings):
                 timer.cancel()
 
     config = uvicorn.Config(
-        build_app(vlm, settings), log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS, ws="none"
+        build_app(vlm, settings),
+        http=Connection,
+        ws="none",
+        backlog=BACKLOG,
+        log_level="warning",
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )
     return Server(config)
 

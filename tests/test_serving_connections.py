@@ -1,0 +1,84 @@
+"""The endpoint's connections: those over which nothing is asked, and bodies that are encoded."""
+
+import gzip
+import json
+import socket
+
+import httpx
+from test_serve import JSON, USER, refused, running, send
+
+from visualrwkv.serving import connections
+
+ASKED = {"model": "tiny-random", "messages": [USER], "max_tokens": 2}
+
+
+def connect(address):
+    host, port = address.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=60)
+
+
+def answer(sock):
+    """Status and text of the answer on a socket, which stays open."""
+    head, body = b"", b""
+    while b"\r\n\r\n" not in head:
+        piece = sock.recv(4096)
+        assert piece, head
+        head += piece
+    head, _, body = head.partition(b"\r\n\r\n")
+    length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+    while len(body) < length:
+        body += sock.recv(4096)
+    return int(head.split()[1]), json.loads(body)
+
+
+def closed(sock):
+    """Wait for the server to close a connection."""
+    try:
+        return sock.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def test_a_request_that_does_not_come_is_not_waited_for(vlm, monkeypatch):
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.5)
+    with running(vlm) as (_, address):
+        data = json.dumps(ASKED).encode()
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        slow, silent, unfinished = connect(address), connect(address), connect(address)
+        slow.sendall(head + b"Content-Length: %d\r\n\r\n" % len(data) + data[:-1])
+        unfinished.sendall(head)
+        again = send(address, ASKED)
+        assert answer(again)[0] == 200
+        again.sendall(b"GET /health HT")
+        for sock in (silent, unfinished, again):
+            assert closed(sock)
+        slow.sendall(data[-1:])  # a body has a limit of its own
+        assert answer(slow)[0] == 200
+
+
+def test_silent_clients_do_not_keep_others_out(vlm, monkeypatch):
+    monkeypatch.setattr(connections, "AT_ONCE", 8)
+    with running(vlm, slots=1, queue=1) as (_, address):
+        at_work = connect(address)
+        at_work.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+        data = json.dumps(ASKED).encode()
+        at_work.sendall(b"Content-Length: %d\r\n\r\n" % len(data))
+        assert httpx.get(address + "/health").json()["tickets"] == 1  # its request has begun
+        silent = [connect(address) for _ in range(20)]
+        for sock in silent[:13]:
+            assert closed(sock)
+        silent[-1].sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert answer(silent[-1])[0] == 200
+        at_work.sendall(data)
+        assert answer(at_work)[0] == 200
+
+
+def test_an_encoded_body_is_refused_by_name(vlm):
+    with running(vlm) as (_, address):
+        body = gzip.compress(json.dumps(ASKED).encode())
+        for encoding, words in (("gzip", "gzip"), ("br", "br")):
+            headers = {**JSON, "Content-Encoding": encoding}
+            refused(httpx.post(address + "/v1/chat/completions", content=body, headers=headers), 415, words)
+        plain = {**JSON, "Content-Encoding": "identity"}
+        done = httpx.post(address + "/v1/chat/completions", content=json.dumps(ASKED).encode(), headers=plain)
+        assert done.status_code == 200
