@@ -328,9 +328,10 @@ class Server:
 
     def close(self) -> None:
         """Stop serving; all conversations and files go."""
-        for part in ("sessions", "page"):
-            if hasattr(self, part):
-                getattr(self, part).close()
+        if hasattr(self, "sessions"):
+            self.sessions.close()
+        if hasattr(self, "page"):
+            self.page.close(verbose=False)
         if self._outer is None:
             os.environ.pop("GRADIO_TEMP_DIR", None)
         else:

@@ -380,3 +380,28 @@ def test_ctrl_c_and_a_closed_pipe_are_quiet(random_folder):
     info.stdout.close()
     err = info.stderr.read()
     assert (info.wait(timeout=60), err) == (141, "")
+
+
+def test_closed_streams_are_no_reason_to_fail(tmp_path):
+    for closed in ([1], [2], [0, 1, 2]):
+        out = tmp_path / f"scenes{len(closed)}{closed[0]}"
+        done = subprocess.run(
+            [sys.executable, "-m", "visualrwkv.cli", "scenes", str(out), "--pictures", "1"],
+            preexec_fn=lambda closed=closed: [os.close(number) for number in closed],
+            timeout=60,
+        )
+        assert done.returncode == 0 and (out / "train.json").is_file()
+
+
+@pytest.mark.skipif(shutil.which("false") is None, reason="needs a compiler that fails")
+def test_why_the_first_answer_takes_long_is_said_in_a_line_each(random_folder, picture_file, tmp_path):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "CXX": "false"}
+    environment.pop("PYTHONWARNINGS", None)
+    command = [sys.executable, "-m", "visualrwkv.cli", "ask", str(picture_file), "What?", "--model", str(random_folder)]
+    for expected in (["building the compiled kernels with false", "warning: the compiled"], ["warning: the compiled"]):
+        done = subprocess.run([*command, *SHORT], capture_output=True, text=True, env=environment, timeout=120)
+        assert done.returncode == 0 and done.stdout.count("\n") == 1
+        lines = done.stderr.splitlines()
+        assert len(lines) == len(expected), lines
+        for line, start in zip(lines, expected, strict=True):
+            assert line.startswith(f"visualrwkv: {start}"), line

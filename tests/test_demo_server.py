@@ -253,5 +253,5 @@ def test_the_command_serves_on_this_machine_alone_and_cleans_up(random_folder, t
         assert list(tmp_path.glob("visualrwkv-demo-*"))
     finally:
         demo.send_signal(signal.SIGTERM)
-        _, err = demo.communicate(timeout=60)
-    assert (demo.returncode, err) == (143, "") and not list(tmp_path.glob("visualrwkv-demo-*"))
+        out, err = demo.communicate(timeout=60)
+    assert (demo.returncode, out, err) == (143, "", "") and not list(tmp_path.glob("visualrwkv-demo-*"))

@@ -314,6 +314,8 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     code, out, err = python("-c", USE, cache=file)
     assert code == 0, err
     assert out.splitlines()[1].startswith("1 the compiled kernels are not available" if COMPILER else "1 ")
+    if COMPILER and sys.platform != "darwin":
+        assert "XDG_CACHE_HOME" in out
 
 
 @needs_kernel

@@ -9,8 +9,10 @@ import atexit
 import gc
 import importlib
 import json
+import logging
 import os
 import sys
+import warnings
 from dataclasses import asdict
 
 from visualrwkv import __version__
@@ -33,10 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     # takes a quarter of the time until a model is there, and as long again when the process ends.
     gc.set_threshold(50_000, 20, 100)
     atexit.register(gc.freeze)
-    for stream in (sys.stdin, sys.stdout):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    formatwarning = warnings.formatwarning
     try:
+        _prepare_terminal()
         arguments = build_parser().parse_args(argv)
         code = arguments.run(arguments)
         sys.stdout.flush()
@@ -55,6 +56,30 @@ def main(argv: list[str] | None = None) -> int:
         return _fail("out of memory; use a smaller model, picture count or batch, or a device with more memory")
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else error)
+    finally:
+        warnings.formatwarning = formatwarning
+
+
+def _prepare_terminal():
+    """Streams that take any character and may be closed; words on stderr without a programmer's lines."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    warnings.formatwarning = lambda message, *_, **__: f"visualrwkv: warning: {message}\n"
+    log = logging.getLogger("visualrwkv")  # of what takes long
+    if not log.handlers:
+        log.addHandler(_Log())
+        log.setLevel(logging.INFO)
+
+
+class _Log(logging.Handler):
+    """Tells who waits why."""
+
+    def emit(self, record):
+        print(f"visualrwkv: {record.getMessage()}", file=sys.stderr, flush=True)
 
 
 def _fail(error):

@@ -159,12 +159,16 @@ def _load(retry: bool, device: str) -> None:
     library, done, failed = folder / f"{NAMES[device]}.so", folder / "done", folder / "failed"
     if not done.is_file():
         tools = _tools(device)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            place = "" if sys.platform == "darwin" else "; the variable XDG_CACHE_HOME names another place for them"
+            raise BuildError(f"{error.filename}: {error.strerror}{place}") from None
         with FileLock(folder / "build.lock"):  # torch has a "lock" of its own there
             if not done.is_file():
                 if failed.is_file() and not retry:
                     raise BuildError(failed.read_text(encoding="utf-8"))
-                logger.info("building the %s with %s in %s; this is done once", TITLES[device], tools, folder)
+                logger.info("building the %s with %s, once; it takes a minute (in %s)", TITLES[device], tools, folder)
                 _build(folder, failed, device)
                 failed.unlink(missing_ok=True)
                 done.touch()
