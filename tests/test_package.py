@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -242,3 +243,25 @@ def test_the_wheel_is_complete_and_adds_one_name(wheel):
     expected |= {f"visualrwkv/{path.relative_to(PACKAGE).as_posix()}" for path in assets}
     assert expected <= set(wheel)
     assert any(name.endswith("licenses/LICENSE") for name in wheel)
+
+
+def test_the_source_archive_is_the_whole_repository(tmp_path):
+    if not (ROOT / "pyproject.toml").is_file():
+        pytest.skip("needs the source tree")
+    pytest.importorskip("setuptools", minversion="77")
+    tree = tmp_path / "tree"
+    folders = (".ci", "bench", "configs", "csrc", "demo", "docs", "eval", "tests", "visualrwkv")
+    for folder in folders:
+        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.iterdir():
+        if path.suffix in (".md", ".toml", ".in") or path.name in ("LICENSE", "Makefile", ".gitignore"):
+            shutil.copy(path, tree)
+    expected = {path.relative_to(tree).as_posix() for path in tree.rglob("*") if path.is_file()}
+    build = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    command = [sys.executable, "-c", build, str(tmp_path)]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(file) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert "tests/conftest.py" in expected and expected <= names, expected - names
