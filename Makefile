@@ -1,4 +1,4 @@
-# Needs Python 3.10 or newer and a C++ compiler; everything else is installed into .venv on first use.
+# Needs Python 3.11 or newer and a C++ compiler; everything else is installed into .venv on first use.
 #   make ask     an answer about the picture in docs/pictures       make test    the tests
 #   make demo    a chat about pictures in the browser        OPTIONS="--port 8000" and others: visualrwkv demo --help
 #   make lint    ruff                                               make clean   removes .venv and build leftovers
@@ -49,8 +49,8 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	@touch $@ $(VENV)/.installed
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "$(PYTHON) is older than 3.10 or missing: name another one, for instance make PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than 3.11 or missing: name another one, for instance make PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 

@@ -6,10 +6,15 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 import visualrwkv
 
@@ -265,3 +270,21 @@ def test_the_source_archive_is_the_whole_repository(tmp_path):
     with tarfile.open(file) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert "tests/conftest.py" in expected and expected <= names, expected - names
+
+
+def test_the_oldest_python_is_named_everywhere_and_that_of_the_dependencies():
+    if not (ROOT / "pyproject.toml").is_file():
+        pytest.skip("needs the source tree")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    oldest = project["project"]["requires-python"].removeprefix(">=")
+    assert f"\nPython {oldest} or newer" in (ROOT / "README.md").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.findall(r"Python (3\.\d+) or newer|older than (3\.\d+)", makefile) == [(oldest, ""), ("", oldest)]
+    assert f"({oldest.replace('.', ', ')})" in makefile
+    assert project["tool"]["ruff"]["target-version"] == f"py{oldest.replace('.', '')}"
+    for line in project["project"]["dependencies"]:
+        needed = Requirement(line)
+        floor = max((Version(one.version) for one in needed.specifier), default=None)
+        if floor == Version(metadata.version(needed.name)):  # what is installed is the oldest that may be
+            asked = metadata.metadata(needed.name)["Requires-Python"] or ""
+            assert Version(f"{oldest}.0") in SpecifierSet(asked), f"{line} needs Python {asked}"

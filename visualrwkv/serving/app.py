@@ -223,7 +223,7 @@ class Service:
 
         try:
             await asyncio.wait_for(read(), BODY_SECONDS)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise Refused(408, f"the request did not arrive within {BODY_SECONDS} s") from None
         if size > limit:
             message = f"the request is larger than {limit / 2**20:g} MiB; send smaller pictures"
