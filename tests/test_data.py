@@ -40,6 +40,8 @@ def test_overrides_reach_nested_keys_and_list_items(recipe_file):
     recipe = load_recipe(recipe_file, overrides)
     assert (recipe.steps, recipe.train["projector"]) == (20, 3e-4)
     assert recipe.data.scenes.curriculum[0].until == 0.2 and recipe.data.scenes.kinds == {"read": 2.0}
+    recipe = load_recipe(recipe_file, ["data.scenes=null", "data.json=a.json", "steps=null", "epochs=2"])
+    assert (recipe.data.scenes, recipe.data.json, recipe.steps, recipe.epochs) == (None, "a.json", None, 2)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +53,7 @@ def test_overrides_reach_nested_keys_and_list_items(recipe_file):
         ("precision=true", "precision is True, expected a text"),
         ("train.vision=1", "train.vision: the projector stage trains projector"),
         ("train.projector=0", "nothing would learn"),
-        ("epochs=2", "exactly one of 'steps' and 'epochs'"),
+        ("epochs=2", "exactly one of 'steps' and 'epochs' (key=null takes one away)"),
         ("data.json=a.json", "exactly one of 'json' and 'scenes'"),
         ("data.scenes.objects=[3, 1]", "expected [fewest, most]"),
         ("data.scenes.options=[1, 4]", "expected numbers from 2 to 5"),

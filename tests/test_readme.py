@@ -1,4 +1,4 @@
-"""The README's examples run: its Python as it stands, its commands as far as they are not hours of work."""
+"""The examples of README and docs run: their Python as it stands, its commands as far as they are not hours of work."""
 
 import re
 import shlex
@@ -6,12 +6,25 @@ import shutil
 from pathlib import Path
 
 import pytest
+from test_serve import running
 
 from visualrwkv import cli, loading
 
-README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-PYTHON = [code for language, code in BLOCKS if language == "python"]
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page):
+    """(language, text) of each example on a page."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def python_of(page):
+    return [code for language, code in blocks(page) if language == "python"]
+
+
+BLOCKS = blocks("README.md")
+PYTHON = [*python_of("README.md"), *python_of("docs/chat.md")]
 COMMANDS = [
     shlex.split(line, comments=True)
     for _, code in BLOCKS
@@ -33,7 +46,18 @@ def a_place_with_the_files_named(tmp_path, monkeypatch, random_folder, pictures)
 
 @pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
 def test_python_examples(code):
-    exec(compile(code, str(README), "exec"), {})
+    exec(compile(code, "example", "exec"), {})
+
+
+def test_the_example_of_a_client(vlm, capsys):
+    (code,) = python_of("docs/serve.md")
+    with running(vlm) as (_, address):
+        here = {"http://127.0.0.1:8000": address, "visualrwkv-tiny": "tiny-random"}
+        for documented, tested in here.items():
+            assert documented in code
+            code = code.replace(documented, tested)
+        exec(compile(code, "docs/serve.md", "exec"), {})
+    assert capsys.readouterr().out.endswith("\n")
 
 
 def test_every_command_is_shown_and_parses():

@@ -148,7 +148,7 @@ def _demo(commands):
     demo.add_argument("--device", metavar="D", default="auto", help="auto (default), cpu, cuda or cuda:N")
     _precision(demo)
     demo.add_argument("--sessions", metavar="N", type=int, default=64, help="most conversations kept (default 64)")
-    demo.add_argument("--idle", metavar="MIN", type=float, default=30, help="minutes until it goes unused (default 30)")
+    demo.add_argument("--idle", metavar="MIN", type=float, default=30, help="minutes one may be unused (default 30)")
     demo.add_argument("--concurrency", metavar="N", type=int, default=2, help="replies written at once (default 2)")
     demo.add_argument("--queue", metavar="N", type=int, default=32, help="most requests that wait (default 32)")
     demo.add_argument("--max-upload", metavar="MIB", type=int, default=40, help="largest file taken (default 40 MiB)")

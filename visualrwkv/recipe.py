@@ -335,9 +335,12 @@ def _validate(recipe, source):
         any(rate > 0 for rate in recipe.train.values()),
         "train: no part has a learning rate above 0, nothing would learn",
     )
-    need((recipe.model.from_ is None) != (recipe.model.new is None), "model: give exactly one of 'from' and 'new'")
-    need((recipe.data.json is None) != (recipe.data.scenes is None), "data: give exactly one of 'json' and 'scenes'")
-    need((recipe.steps is None) != (recipe.epochs is None), "give exactly one of 'steps' and 'epochs'")
+    for place, names, values in (
+        ("model: ", "'from' and 'new'", (recipe.model.from_, recipe.model.new)),
+        ("data: ", "'json' and 'scenes'", (recipe.data.json, recipe.data.scenes)),
+        ("", "'steps' and 'epochs'", (recipe.steps, recipe.epochs)),
+    ):
+        need(values.count(None) == 1, f"{place}give exactly one of {names} (key=null takes one away)")
     need(recipe.epochs is None or recipe.data.json is not None, "epochs: drawn scenes have no end, give 'steps'")
     need(recipe.precision in ("fp32", "bf16"), f"precision is {recipe.precision!r}, expected fp32 or bf16")
     for name in ("steps", "epochs", "batch_size", "accumulate", "save_every", "keep", "log_every"):

@@ -115,7 +115,7 @@ def require_accelerate():
     from importlib.util import find_spec
 
     if find_spec("accelerate") is None:
-        raise InputError("training needs the package accelerate: pip install 'visualrwkv[train]'")
+        raise InputError("training needs the package accelerate: pip install accelerate")
 
 
 def write_versions(folder):
