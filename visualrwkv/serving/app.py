@@ -147,6 +147,8 @@ class Service:
             return await self._answer(request, ticket)
         except ClientDisconnect:
             return JSONResponse(None, 499)  # nobody reads it
+        except asyncio.CancelledError:  # the time to end is over, and the request has not even arrived
+            raise _shutting_down() from None
         finally:
             ticket.hand_back_unless_streaming()
 
@@ -245,7 +247,7 @@ class Service:
                 if finish:
                     return
         except ShuttingDown:
-            raise Refused(503, "the server is shutting down; try again later", code="shutting_down") from None
+            raise _shutting_down() from None
         finally:
             reply.cancelled.set()
 
@@ -337,6 +339,10 @@ class _Completion:
         return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
 
 
+def _shutting_down() -> Refused:
+    return Refused(503, "the server is shutting down; try again later", code="shutting_down")
+
+
 async def _disconnected(request: Request) -> None:
     """Returns when the client has gone; its request must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
@@ -355,17 +361,7 @@ def make_server(vlm, settings: Settings):
     """A uvicorn server; `run(sockets=[...])` serves until Ctrl-C."""
     import uvicorn
 
-    from visualrwkv.serving.connections import BACKLOG, Connection
-
-    class Server(uvicorn.Server):
-        async def shutdown(self, sockets=None):
-            """Shortly before connections are cut, replies still under way end with an error that says why."""
-            loop, engine = asyncio.get_running_loop(), self.config.app.state.service.engine
-            timer = loop.call_later(0.9 * SHUTDOWN_SECONDS, lambda: loop.run_in_executor(None, engine.close))
-            try:
-                await super().shutdown(sockets)
-            finally:
-                timer.cancel()
+    from visualrwkv.serving.server import BACKLOG, Connection, Server
 
     config = uvicorn.Config(
         build_app(vlm, settings),

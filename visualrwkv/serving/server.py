@@ -1,11 +1,15 @@
-"""Connections over which nothing is asked: how long each may stay, and how many there may be.
+"""uvicorn as the endpoint needs it: connections over which nothing is asked make room, and an end leaves nobody without
+an answer.
 
 uvicorn waits without end for the first request of a connection, and for the rest of the lines above a body. A crowd of
 silent clients would take all files that the process may open; nobody else could connect then, and asyncio writes
 thousands of tracebacks a second.
 """
 
+import asyncio
+
 import h11
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_SECONDS = 60  # for the lines of a request above its body
@@ -45,3 +49,24 @@ class Connection(H11Protocol):
     def _end(self):
         self.transport.abort()
         self._watch()
+
+
+class Server(uvicorn.Server):
+    """Ends at the first Ctrl-C with its replies, at the second one at once."""
+
+    async def shutdown(self, sockets=None):
+        """Shortly before connections are cut, replies still under way end with an error that says why."""
+        loop, engine = asyncio.get_running_loop(), self.config.app.state.service.engine
+        seconds = 0.9 * self.config.timeout_graceful_shutdown
+        timer = loop.call_later(seconds, lambda: loop.run_in_executor(None, engine.close))
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+        if self.force_exit:  # what uvicorn leaves to be cancelled, each with a traceback
+            await loop.run_in_executor(None, engine.close)
+            if tasks := set(self.server_state.tasks):
+                _, late = await asyncio.wait(tasks, timeout=1)
+                for task in late:
+                    task.cancel()
+            await self.lifespan.shutdown()

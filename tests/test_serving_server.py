@@ -1,14 +1,20 @@
-"""The endpoint's connections: those over which nothing is asked, and bodies that are encoded."""
+"""The endpoint's connections: those over which nothing is asked, encoded bodies, and how it ends."""
 
 import gzip
 import json
+import re
+import signal
 import socket
+import subprocess
+import sys
 
 import httpx
-from test_serve import JSON, USER, refused, running, send
+from test_serve import JSON, USER, refused, running, send, wait_until
 
-from visualrwkv.serving import connections
+from visualrwkv.serving import app, server
 
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+BEGUN = HEAD + b"Content-Length: 99\r\n\r\n{"
 ASKED = {"model": "tiny-random", "messages": [USER], "max_tokens": 2}
 
 
@@ -31,6 +37,15 @@ def answer(sock):
     return int(head.split()[1]), json.loads(body)
 
 
+def refuses(address):
+    """Whether no connection is taken any more."""
+    try:
+        connect(address).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
 def closed(sock):
     """Wait for the server to close a connection."""
     try:
@@ -40,13 +55,12 @@ def closed(sock):
 
 
 def test_a_request_that_does_not_come_is_not_waited_for(vlm, monkeypatch):
-    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.5)
+    monkeypatch.setattr(server, "HEAD_SECONDS", 0.5)
     with running(vlm) as (_, address):
         data = json.dumps(ASKED).encode()
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         slow, silent, unfinished = connect(address), connect(address), connect(address)
-        slow.sendall(head + b"Content-Length: %d\r\n\r\n" % len(data) + data[:-1])
-        unfinished.sendall(head)
+        slow.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(data) + data[:-1])
+        unfinished.sendall(HEAD)
         again = send(address, ASKED)
         assert answer(again)[0] == 200
         again.sendall(b"GET /health HT")
@@ -57,12 +71,11 @@ def test_a_request_that_does_not_come_is_not_waited_for(vlm, monkeypatch):
 
 
 def test_silent_clients_do_not_keep_others_out(vlm, monkeypatch):
-    monkeypatch.setattr(connections, "AT_ONCE", 8)
+    monkeypatch.setattr(server, "AT_ONCE", 8)
     with running(vlm, slots=1, queue=1) as (_, address):
         at_work = connect(address)
-        at_work.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
         data = json.dumps(ASKED).encode()
-        at_work.sendall(b"Content-Length: %d\r\n\r\n" % len(data))
+        at_work.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(data))
         assert httpx.get(address + "/health").json()["tickets"] == 1  # its request has begun
         silent = [connect(address) for _ in range(20)]
         for sock in silent[:13]:
@@ -82,3 +95,32 @@ def test_an_encoded_body_is_refused_by_name(vlm):
         plain = {**JSON, "Content-Encoding": "identity"}
         done = httpx.post(address + "/v1/chat/completions", content=json.dumps(ASKED).encode(), headers=plain)
         assert done.status_code == 200
+
+
+def test_a_request_that_has_not_arrived_at_the_end_is_told(vlm, monkeypatch, capfd):
+    monkeypatch.setattr(app, "SHUTDOWN_SECONDS", 1)
+    with running(vlm) as (service, address):
+        slow = connect(address)
+        slow.sendall(BEGUN)
+        wait_until(lambda: service.tickets < service.places)
+    status, told = answer(slow)
+    assert status == 503 and told["error"]["code"] == "shutting_down"
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_the_second_ctrl_c_ends_the_server_at_once_and_quietly(random_folder):
+    command = [sys.executable, "-m", "visualrwkv.cli", "serve", "--model", str(random_folder), "--port", "0"]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
+    address = re.search(r"http://127\.0\.0\.1:\d+", process.stderr.readline())[0]
+    wait_until(lambda: httpx.get(address + "/health", timeout=60).status_code == 200)
+    slow = connect(address)
+    slow.sendall(BEGUN)
+    wait_until(lambda: httpx.get(address + "/health").json()["tickets"] < 96)
+    process.send_signal(signal.SIGINT)
+    wait_until(lambda: refuses(address))
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert (process.returncode, rest) == (130, "")
+    assert answer(slow)[0] == 503
