@@ -1,5 +1,7 @@
 """ask and stream: one way to an answer, whatever the door."""
 
+from itertools import count
+
 import numpy as np
 import pytest
 import torch
@@ -116,6 +118,19 @@ def test_a_model_that_computes_no_numbers_is_refused(random_folder, pictures):
         lambda: list(vlm.stream(pictures[0], "What?")),
         lambda: chat.say("What?"),
     ):
+        with pytest.raises(InputError, match="NaN.*float32"):
+            ask()
+    assert chat.transcript == []
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}])
+def test_numbers_that_leave_their_range_within_a_reply_end_it(random_folder, pictures, sampling):
+    """As float16's may; tokens chosen from then on would be made up."""
+    vlm = visualrwkv.load(random_folder)
+    calls = count()
+    vlm.model.rwkv.head.register_forward_hook(lambda *x: x[-1] * torch.nan if next(calls) % 3 == 2 else None)
+    chat = vlm.chat()
+    for ask in (lambda: vlm.ask(pictures, QUESTIONS, **sampling), lambda: chat.say("What?", **sampling)):
         with pytest.raises(InputError, match="NaN.*float32"):
             ask()
     assert chat.transcript == []

@@ -12,10 +12,17 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from visualrwkv.sampling import Sampling, TokenChoice, check_scores
+from visualrwkv.errors import InputError
+from visualrwkv.sampling import Sampling, TokenChoice
 from visualrwkv.state import RWKVState
 from visualrwkv.streaming import ReplyText
 from visualrwkv.tokenization import RWKVWorldTokenizer
+
+# every choice among such scores would be a made-up one
+NO_NUMBERS = (
+    "the model computes no numbers (NaN): its weights are damaged, or too large for the dtype; "
+    "load it with dtype float32, or from another file"
+)
 
 
 class Reply:
@@ -50,13 +57,13 @@ class Reply:
         """The string that ended the reply: an empty line or a stop string."""
         return self._decoder.end
 
-    def choose(self, scores: Tensor, likeliest: int) -> int:
-        """The next token for scores (V,), of which `likeliest` has the highest."""
+    def choose(self, scores: Tensor, likeliest: Tensor) -> Tensor:
+        """The next token for scores (V,), of which `likeliest` has the highest; both tokens of no dimension."""
         if self._sampling.plain:
             return likeliest
         if self._choice is None:
             self._choice = TokenChoice(self._sampling, scores.device)
-        return int(self._choice(scores))
+        return self._choice(scores)
 
     def take(self, token: int) -> str:
         """Take the next token; returns the text that it makes certain, often empty."""
@@ -115,7 +122,6 @@ class Decoder:
         """
         inputs = {name: value.to(self._model.device) for name, value in inputs.items()}
         output = self._model(**inputs, cache=state, logits_to_keep=1)
-        check_scores(output.logits)
         texts = self._choose(replies, output.logits[:, -1])
         self.drop_complete()
         self.state = RWKVState.concatenate([self.state, output.cache]) if self.replies else output.cache
@@ -124,12 +130,18 @@ class Decoder:
 
     @torch.no_grad()
     def advance(self) -> list[str]:
-        """Move all replies by one token; returns the text that it makes certain, for each of `replies`."""
+        """Move all replies by one token; returns the text that it makes certain, for each of `replies`.
+
+        Raises:
+            InputError: the model's scores are no numbers.
+        """
         self.drop_complete()
         if not self.replies:
             return []
         last = torch.tensor([reply.tokens[-1:] for reply in self.replies], device=self._model.device)
-        output = self._model(input_ids=last, cache=self.state, logits_to_keep=1)
+        # embedded here, since the model would look for pictures among ids, and to find none it waits for a GPU
+        embeds = self._model.get_input_embeddings()(last)
+        output = self._model(inputs_embeds=embeds, cache=self.state, logits_to_keep=1)
         self.state = output.cache
         return self._choose(self.replies, output.logits[:, -1])
 
@@ -154,5 +166,10 @@ class Decoder:
     def _choose(self, replies: Sequence[Reply], scores: Tensor) -> list[str]:
         """Choose the next tokens of some replies for scores (replies, V)."""
         scores[:, self._model.config.image_token_id] = -torch.inf  # a place for a picture is no answer
-        rows = zip(replies, scores, scores.argmax(-1).tolist(), strict=True)
-        return [reply.take(reply.choose(row, likeliest)) for reply, row, likeliest in rows]
+        highest, likeliest = scores.max(-1)  # not a number if any score of the row is none
+        rows = zip(replies, scores.unbind(), likeliest.unbind(), strict=True)
+        chosen = torch.stack([reply.choose(*row) for reply, *row in rows])
+        tokens, broken = torch.stack([chosen, highest.isnan()]).tolist()  # the one wait for a GPU in a token
+        if any(broken):
+            raise InputError(NO_NUMBERS)
+        return [reply.take(token) for reply, token in zip(replies, tokens, strict=True)]

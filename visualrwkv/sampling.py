@@ -128,18 +128,12 @@ class TokenChoice:
             scores = ((scores - scores.max()) / max(self._sampling.temperature, 1e-6))[None]
             for narrow in self._narrow:
                 scores = narrow(None, scores)
-            token = torch.multinomial(scores.softmax(-1), 1, generator=self._generator)[0, 0]
+            # What torch.multinomial does, without its check: scores that are no numbers would end a GPU's context.
+            shares = scores.softmax(-1)
+            token = (shares / torch.empty_like(shares).exponential_(generator=self._generator)).argmax()
         if self._penalised:
             self._counts *= self._sampling.penalty_decay
-            self._counts[token] += 1
-            self._present[token] = 1
+            place = token[None]  # with an index of no dimension the host would wait for a GPU
+            self._counts[place] += 1
+            self._present.index_fill_(0, place, 1)
         return token
-
-
-def check_scores(scores: Tensor) -> None:
-    """InputError if a model gives no numbers as scores (any shape): every choice among them would be a made-up one."""
-    if scores.isnan().any():
-        raise InputError(
-            "the model computes no numbers (NaN): its weights are damaged, or too large for the dtype; "
-            "load it with dtype float32, or from another file"
-        )
