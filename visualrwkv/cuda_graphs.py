@@ -8,14 +8,18 @@ hand lives in that memory from step to step: the `RWKVState` that was decoded la
 A graph is for a power of two of sequences, and is used for fewer too: replies join and leave a batch at any token, and
 recording takes as long as many tokens. What is computed for free places goes nowhere.
 
-`RWKV.forward` comes here for single tokens without gradients; its modules stay the definition of what a step computes.
+`RWKV.forward` comes here for single tokens without gradients; its modules stay the definition of what a step computes,
+and compute it themselves where there are adapters or hooks among them.
 """
 
+import operator
 import threading
 import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import cache
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -24,9 +28,12 @@ from visualrwkv.ops.kernel import kernels_wanted, states_in_place
 from visualrwkv.state import LayerState, RWKVState
 
 _KEPT = 8  # graphs of a model, one for each number of places; each has memory for so many states
-_steps: "weakref.WeakKeyDictionary[torch.nn.Module, OrderedDict[tuple, StaticStep]]" = weakref.WeakKeyDictionary()
+# None: what could not be recorded
+_steps: "weakref.WeakKeyDictionary[torch.nn.Module, OrderedDict[tuple, StaticStep | None]]" = (
+    weakref.WeakKeyDictionary()
+)
+_parts: "weakref.WeakKeyDictionary[torch.nn.Module, _Parts]" = weakref.WeakKeyDictionary()
 _lock = threading.Lock()  # threads that ask the same model share its graphs and their memory
-_failed: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()
 
 
 def step(rwkv: torch.nn.Module, embeds: Tensor, state: RWKVState) -> Tensor | None:
@@ -42,45 +49,65 @@ def step(rwkv: torch.nn.Module, embeds: Tensor, state: RWKVState) -> Tensor | No
     if not _applies(rwkv, embeds, state):
         return None
     with _lock:
-        static = _find(rwkv, embeds, state)
+        parts = _parts.get(rwkv)
+        if parts is None or not parts.hold():
+            parts = _parts[rwkv] = _Parts(rwkv)
+        if not parts.plain():
+            return None
+        static = _find(rwkv, parts, embeds, state)
         return None if static is None else static(embeds, state)
 
 
-def _find(rwkv: torch.nn.Module, embeds: Tensor, state: RWKVState) -> "StaticStep | None":
+def _find(rwkv: torch.nn.Module, parts: "_Parts", embeds: Tensor, state: RWKVState) -> "StaticStep | None":
     """The recorded step for this call; records it if there is none."""
     steps = _steps.setdefault(rwkv, OrderedDict())
     places = 1 << (embeds.shape[0] - 1).bit_length()
-    key = (places, embeds.dtype, embeds.device, *_weights(rwkv))
-    static = steps.get(key)
-    if static is None:
-        for old in [other for other in steps if other[1:] != key[1:]]:  # the weights were moved or replaced
-            steps.pop(old).release()
+    # all but the first change when the weights are moved, cast or replaced, which a graph would not notice
+    addresses = [block.att.key.weight.data_ptr() for block in (rwkv.blocks[0], rwkv.blocks[-1])]
+    key = (places, embeds.dtype, embeds.device, parts, *addresses)
+    if key not in steps:
+        for old in [other for other in steps if other[1:] != key[1:]]:
+            _release(steps.pop(old))
         while len(steps) >= _KEPT:
-            steps.popitem(last=False)[1].release()
+            _release(steps.popitem(last=False)[1])
         try:
             with torch.cuda.device(embeds.device):
-                static = StaticStep(rwkv, embeds, state, record, places)
-        except RuntimeError as error:
-            _failed.add(rwkv)
-            warnings.warn(f"decoding goes on without a CUDA graph: {error}", RuntimeWarning, stacklevel=2)
-            return None
-        steps[key] = static
+                steps[key] = StaticStep(rwkv, embeds, state, record, places)
+        except RuntimeError as error:  # such as too little memory for so many sequences
+            steps[key] = None
+            warnings.warn(
+                f"decoding of up to {places} sequences goes on without a CUDA graph: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
     steps.move_to_end(key)
-    return static
+    return steps[key]
+
+
+def _release(static: "StaticStep | None") -> None:
+    if static is not None:
+        static.release()
 
 
 def record(function: Callable[[], None]) -> Callable[[], None]:
-    """The work of `function` on the GPU as a graph; what it does elsewhere is done only now."""
-    stream = torch.cuda.Stream()
+    """The work of `function` on the current GPU as a graph; what it does elsewhere is done only now."""
+    stream = _side_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream):  # also brings back the stream of before where recording fails
         for _ in range(2):  # libraries set themselves up, kernels get built: nothing of that may be recorded
             function()
+        graph = torch.cuda.CUDAGraph()
+        # Without a stream PyTorch takes one that belongs to the GPU of the first graph of the process.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # other threads may go on
+            function()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may go on as they like
-        function()
     return graph.replay
+
+
+@cache
+def _side_stream(device: int) -> "torch.cuda.Stream":
+    """One for all graphs of a GPU, since libraries keep memory for each stream that they have worked on."""
+    return torch.cuda.Stream(device)
 
 
 class StaticStep:
@@ -148,21 +175,35 @@ class StaticStep:
         return all(a is b for one, its in zip(mine, state.layers, strict=True) for a, b in zip(one, its, strict=True))
 
 
-def _weights(rwkv) -> tuple:
-    """Changes when the weights are moved, cast or replaced, or wrapped by adapters (a graph would not notice)."""
-    first, last = rwkv.blocks[0].att.key, rwkv.blocks[-1].ffn.value
-    return type(first), first.weight.data_ptr(), type(last), last.weight.data_ptr()
+class _Parts:
+    """The modules, parameters and buffers of a model, as they were when a graph was recorded."""
+
+    def __init__(self, rwkv: torch.nn.Module):
+        modules = list(rwkv.modules())
+        kinds = [kind for each in modules for kind in (each._modules, each._parameters, each._buffers)]
+        self._parents = [kind for kind in kinds for _ in kind]
+        self._names = [name for kind in kinds for name in kind]
+        self._children = [child for kind in kinds for child in kind.values()]
+        self._hooks = [hooks for each in modules for hooks in (each._forward_hooks, each._forward_pre_hooks)]
+        self._dicts = [each.__dict__ for each in modules]
+        # adapters can be switched on and off in Python, which a graph would not notice
+        self._adapted = any(type(each).__module__.startswith("peft") for each in modules)
+
+    def hold(self) -> bool:
+        """Whether the model still consists of the same ones."""
+        return all(map(operator.is_, map(dict.get, self._parents, self._names), self._children))
+
+    def plain(self) -> bool:
+        """Whether a step does what the classes of the modules say: no adapter, no hook, no replaced forward."""
+        return not (self._adapted or any(self._hooks) or any(map(operator.contains, self._dicts, repeat("forward"))))
 
 
 def _applies(rwkv, embeds: Tensor, state: RWKVState) -> bool:
     if embeds.device.type != "cuda" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    if rwkv.training or rwkv in _failed or not kernels_wanted() or torch.is_autocast_enabled("cuda"):
+    if rwkv.training or not kernels_wanted() or torch.is_autocast_enabled("cuda"):
         return False
     if torch.cuda.is_current_stream_capturing():
-        return False
-    # Adapters can be switched on and off in Python, which a graph would not notice.
-    if any(type(part).__module__.startswith("peft") for part in (rwkv.blocks[0].att.key, rwkv.blocks[0].ffn.value)):
         return False
     layer = state.layers[-1]  # all in one place, or hooks move things around between the layers
     return layer.wkv.device == rwkv.blocks[-1].ffn.value.weight.device == embeds.device and (
