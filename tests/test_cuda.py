@@ -67,7 +67,7 @@ print(len(caught), build.outcome("cpu"), "|", build.outcome("cuda"))
 def test_without_nvcc_there_is_one_warning_and_a_reason(tmp_path):
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     # for architectures that nobody has built for: a library that is there already needs no nvcc
-    code, out, err = python("-c", USE, cache=cache, CUDA_HOME=str(tmp_path), TORCH_CUDA_ARCH_LIST="8.7")
+    code, out, err = python("-c", USE, cache=cache, CUDA_HOME=str(tmp_path), TORCH_CUDA_ARCH_LIST="8.0;8.7+PTX")
     assert code == 0, err
     reason = str(tmp_path) if torch.version.cuda else "PyTorch is built without CUDA"
     assert out.startswith("1  | ") and reason in out
@@ -88,6 +88,44 @@ def test_another_version_of_nvcc_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(build.BuildError, match=rf"CUDA 9\.1, PyTorch of CUDA {torch.version.cuda}"):
         build._cuda_home()
+
+
+def test_architectures_are_those_that_the_kernels_run_on(monkeypatch):
+    for given, wanted in (
+        ("5.2 6.0 6.1 7.0 7.5 8.0 8.6 9.0+PTX", "8.0;8.6;9.0+PTX"),  # as containers set it
+        ("Volta;7.5+PTX", build.CUDA_ARCHITECTURES),
+        ("Turing;Ampere;9.0a", "Ampere;9.0a"),
+        ("", build.CUDA_ARCHITECTURES),
+    ):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", given)
+        assert build.cuda_architectures() == wanted
+
+
+def test_a_gpu_that_the_library_holds_nothing_for_is_named(monkeypatch):
+    """Launching a kernel would fail, where PyTorch's form works."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Test GPU")
+    for given, gpu, reason in (
+        ("", (8, 0), None),
+        ("", (8, 9), None),
+        ("", (12, 1), None),
+        ("", (7, 5), "Test GPU is older than compute capability 8.0"),
+        ("8.6", (8, 6), None),
+        ("8.6", (8, 9), None),
+        ("8.6", (8, 0), "'8.6' names nothing that runs on Test GPU, of compute capability 8.0"),
+        ("8.0 8.6", (9, 0), "'8.0 8.6' names nothing that runs on Test GPU, of compute capability 9.0"),
+        ("8.0+PTX", (9, 0), None),
+        ("9.0a+PTX", (10, 0), "names nothing"),
+        ("9.0a", (9, 0), None),
+    ):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", given)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, gpu=gpu: gpu)
+        if reason:
+            with pytest.raises(build.BuildError, match=reason):
+                build._check_gpus()
+            assert reason in build.describe("cuda")
+        else:
+            build._check_gpus()
 
 
 def test_a_call_on_the_cpu_never_asks_for_cuda(tmp_path):

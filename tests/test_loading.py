@@ -36,6 +36,7 @@ def test_load_options(random_folder):
         ("dtype", "int4"),
         ("device", "abacus"),
         ("device", "cuda:99"),
+        ("device", "hip"),
         ("prompt", "below"),
         ("scan", "zigzag"),
         ("quantize", "int3"),

@@ -202,6 +202,11 @@ def pick_device(device):
         raise InputError(f"device {device!r} is unknown; use auto, cpu, cuda or cuda:N ({one_line(error)})") from None
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device {device!r} is not there ({torch.cuda.device_count()} CUDA devices found); use cpu")
+    if target.type not in ("cpu", "cuda"):
+        try:
+            torch.empty(0).to(target)
+        except (RuntimeError, AssertionError) as error:  # how PyTorch says what it was built without
+            raise InputError(f"device {device!r} is not there ({one_line(error)}); use cpu") from None
     return target
 
 

@@ -13,7 +13,7 @@ from visualrwkv.data import Collator, JsonDataset, ScenesDataset
 from visualrwkv.errors import InputError
 from visualrwkv.loading import quiet_transformers
 from visualrwkv.ops.build import BuildError, compiler
-from visualrwkv.ops.kernel import ready
+from visualrwkv.ops.kernel import ready, ready_on_cuda
 from visualrwkv.recipe import load_recipe
 from visualrwkv.runs import count_samples, is_main_process, require_accelerate, write_versions, writing
 
@@ -77,7 +77,9 @@ def compile_layers(model):
         if is_main_process():
             print(f"compile: {error}; the layers are not compiled, each step takes longer", file=sys.stderr)
         return
-    ready()  # loads the kernel of the operator, which nothing does while it is traced
+    ready()  # loads the kernels of the operator, which nothing does while it is traced
+    if torch.cuda.is_available():
+        ready_on_cuda()
     for block in model.rwkv.blocks:
         block.compile(dynamic=True)  # in place: names of parameters and saved files stay as they are
 

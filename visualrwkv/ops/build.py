@@ -48,6 +48,8 @@ if sys.platform == "linux":
 CUDA_FLAGS = ["-O3", "--threads=2"]  # threads: one for each architecture
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 OLDEST_GPU = (8, 0)  # of which the kernels use the tensor cores
+_ARCHITECTURE = re.compile(r"(\d+)\.(\d)([af]?)(\+PTX)?")
+_OLDER_NAMES = ("Kepler", "Maxwell", "Pascal", "Volta", "Turing")  # which PyTorch takes for numbers too
 
 _lock = threading.Lock()
 _outcomes: dict[str, str] = {}  # of a device: "" once its library is loaded, else the reason why it is not
@@ -90,8 +92,42 @@ def cache_folder(device: str = "cpu") -> Path:
 
 
 def cuda_architectures() -> str:
-    """For which GPUs the CUDA library is compiled, as TORCH_CUDA_ARCH_LIST says it."""
-    return os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
+    """For which GPUs the CUDA library is compiled, as TORCH_CUDA_ARCH_LIST says it.
+
+    Those that are too old are left out: containers set the variable to all that PyTorch itself is built for.
+    """
+    given = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").split(";")
+    return ";".join(name for name in given if name and not _is_too_old(name)) or CUDA_ARCHITECTURES
+
+
+def _is_too_old(architecture: str) -> bool:
+    number = _ARCHITECTURE.fullmatch(architecture)
+    return architecture.startswith(_OLDER_NAMES) if number is None else (int(number[1]), int(number[2])) < OLDEST_GPU
+
+
+def _has_code(architecture: str, gpu: tuple[int, int]) -> bool:
+    """Whether what is compiled for an architecture runs on a GPU of some compute capability."""
+    number = _ARCHITECTURE.fullmatch(architecture)
+    if number is None:  # a name for several
+        return True
+    version = int(number[1]), int(number[2])
+    if number[3] == "a":
+        return version == gpu
+    return version <= gpu if number[4] else version[0] == gpu[0] and version <= gpu
+
+
+def _check_gpus() -> None:
+    """BuildError if a GPU of this machine cannot run the library."""
+    for index in range(torch.cuda.device_count()):
+        gpu, name = torch.cuda.get_device_capability(index), torch.cuda.get_device_name(index)
+        if gpu < OLDEST_GPU:
+            needed = ".".join(map(str, OLDEST_GPU))
+            raise BuildError(f"{name} is older than compute capability {needed} (CUDA_VISIBLE_DEVICES can hide it)")
+        if not any(_has_code(architecture, gpu) for architecture in cuda_architectures().split(";")):
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST={os.environ['TORCH_CUDA_ARCH_LIST']!r} names nothing that runs on {name}, "
+                f"of compute capability {gpu[0]}.{gpu[1]}; unset it"
+            )
 
 
 def load(retry: bool = False, device: str = "cpu") -> str:
@@ -133,6 +169,8 @@ def describe(device: str = "cpu") -> str:
     if os.environ.get("VISUALRWKV_KERNEL", "1") == "0":
         return "PyTorch (VISUALRWKV_KERNEL=0)"
     try:
+        if device == "cuda":
+            _check_gpus()
         folder = cache_folder(device)
         if (folder / "done").is_file():
             chosen = torch.backends.cpu.get_cpu_capability() if device == "cpu" else cuda_architectures()
@@ -148,13 +186,7 @@ def _load(retry: bool, device: str) -> None:
     from filelock import FileLock  # a dependency of torch
 
     if device == "cuda":
-        for index in range(torch.cuda.device_count()):
-            if torch.cuda.get_device_capability(index) < OLDEST_GPU:
-                needed = ".".join(map(str, OLDEST_GPU))
-                raise BuildError(
-                    f"{torch.cuda.get_device_name(index)} is older than compute capability {needed} "
-                    "(CUDA_VISIBLE_DEVICES can hide it)"
-                )
+        _check_gpus()
     folder = cache_folder(device)
     library, done, failed = folder / f"{NAMES[device]}.so", folder / "done", folder / "failed"
     if not done.is_file():

@@ -77,10 +77,17 @@ def ready(*tensors: Tensor | None) -> bool:
 
 def _usable_on_cuda(*tensors: Tensor | None) -> bool:
     """`usable` for tensors on a GPU; float64 and heads of other sizes are left to PyTorch."""
-    global _on_cuda
-    if not _wanted or tensors[0].shape[-1] not in _CUDA_HEAD_SIZES:
+    if tensors[0].shape[-1] not in _CUDA_HEAD_SIZES:
         return False
     if any(x is not None and (x.device.type != "cuda" or x.dtype not in _CUDA_DTYPES) for x in tensors):
+        return False
+    return ready_on_cuda()
+
+
+def ready_on_cuda() -> bool:
+    """Whether the kernels of GPUs are wanted and built; loads the library."""
+    global _on_cuda
+    if not _wanted:
         return False
     if not _on_cuda and not torch.compiler.is_compiling():
         from visualrwkv.ops import build
