@@ -9,6 +9,17 @@ MODELS = {  # the released RWKV-6 models
     "3B": {"hidden_size": 2560, "num_hidden_layers": 32},
     "7B": {"hidden_size": 4096, "num_hidden_layers": 32, "time_mix_rank": 64, "decay_rank": 128},
 }
+ROWS = ((8, 1024, 8), (8, 4096, 64), (1, 641, 32), (1, 2048, 32), (1, 8192, 32))  # batch, tokens, heads
+CHECKED = (  # these, and the head size
+    ((2, 300, 4), 64),
+    ((64, 70, 4), 64),
+    ((2, 9, 4), 64),
+    ((2, 100, 2), 32),
+    ((2, 100, 2), 128),
+)
+DECAYS = ((-3.5, 1.5), (0.0, 1.5), (2.0, 1.5), (-4.0, 8.0), (20.0, 0.0), (-300.0, 0.0))  # mean and spread of w
+PROMPT, WRITTEN, SEQUENCE = 641, 64, 2048  # tokens read, tokens written, tokens of a training sequence
+COPIED, SQUARE = 1 << 28, 8192  # of the probes: numbers copied, rows and columns multiplied
 MARK = "RESULT "
 
 
@@ -32,17 +43,16 @@ def milliseconds(function, seconds: float = 1.0) -> dict:
     """Median, quartiles and number of runs of a call on the current device."""
     import torch
 
+    from visualrwkv.cuda_graphs import record
+
     for _ in range(3):
         function()
     torch.cuda.synchronize()
-    run, how = function, "calls"
-    graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
-            function()
-        run, how = graph.replay, "graph"
+        run, how = record(function), "graph"
     except RuntimeError:  # allocates or synchronizes in a way that cannot be recorded
         torch.cuda.synchronize()
+        run, how = function, "calls"
     times, end = [], time.monotonic() + seconds
     while len(times) < 5 or (time.monotonic() < end and len(times) < 200):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -59,12 +69,12 @@ def probes() -> dict:
     """What the machine can do: copy bandwidth (read and written bytes) and bfloat16 matrix products."""
     import torch
 
-    source = torch.empty(1 << 28, device="cuda")
+    source = torch.empty(COPIED, device="cuda")
     target = torch.empty_like(source)
     copy = milliseconds(lambda: target.copy_(source))["ms"]
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    a = torch.randn(SQUARE, SQUARE, device="cuda", dtype=torch.bfloat16)
     product = milliseconds(lambda: a @ a)["ms"]
-    return {"copy GB/s": 2 * source.nbytes / copy / 1e6, "bf16 TFLOP/s": 2 * 8192**3 / product / 1e9}
+    return {"copy GB/s": 2 * source.nbytes / copy / 1e6, "bf16 TFLOP/s": 2 * SQUARE**3 / product / 1e9}
 
 
 def sample(batch, length, heads, size=64, mean=-2.0, spread=1.5, dtype=None):
@@ -121,15 +131,9 @@ def part_check():
 
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
-        for shape, size in (
-            ((2, 300, 4), 64),
-            ((64, 70, 4), 64),
-            ((2, 9, 4), 64),
-            ((2, 100, 2), 32),
-            ((2, 100, 2), 128),
-        ):
+        for shape, size in CHECKED:
             attempt(f"check {name} {shape} N={size}", _errors, shape, size, -2.0, 1.5, dtype)
-    for mean, spread in ((-3.5, 1.5), (0.0, 1.5), (2.0, 1.5), (-4.0, 8.0), (20.0, 0.0), (-300.0, 0.0)):
+    for mean, spread in DECAYS:
         attempt(f"check decay {mean}, {spread}", _errors, (2, 300, 4), 64, mean, spread, torch.float32)
 
 
@@ -193,7 +197,7 @@ def _time_wkv(case, form, shape, copy, backward):
 def part_wkv():
     numbers = probes()
     report("probes", **numbers)
-    for shape in ((8, 1024, 8), (8, 4096, 64), (1, 641, 32), (1, 2048, 32), (1, 8192, 32)):
+    for shape in ROWS:
         for backward in (False, True):
             for name, form in _wkv_forms().items():
                 title = f"wkv {'fwd+bwd' if backward else 'fwd'} {shape} {name}"
@@ -204,10 +208,10 @@ def _model(name):
     """The language model on the GPU with random bfloat16 weights."""
     import torch
 
-    from visualrwkv import VisualRWKVConfig
+    from visualrwkv.configuration import VisualRWKVTextConfig
     from visualrwkv.rwkv import RWKV
 
-    config = VisualRWKVConfig(text_config=MODELS[name]).text_config
+    config = VisualRWKVTextConfig(**MODELS[name])
     with torch.device("meta"):
         rwkv = RWKV(config)
     rwkv = rwkv.to(torch.bfloat16).to_empty(device="cuda").eval()
@@ -241,9 +245,9 @@ def _decode(case, rwkv, batch, copy):
         return statistics.median(times[8:]), state
 
     with torch.inference_mode():
-        seconds, state = seconds_per_token(64)
+        seconds, state = seconds_per_token(WRITTEN)
         with use_kernel(False):
-            plain, _ = seconds_per_token(16)
+            plain, _ = seconds_per_token(WRITTEN // 4)
     moved = read + 2 * state.nbytes
     report(
         case,
@@ -266,7 +270,7 @@ def _prefill(case, name, length, product):
     import torch
 
     rwkv = _model(name)
-    tokens = torch.randint(0, 60000, (1, length), device="cuda")
+    tokens = torch.randint(0, rwkv.config.vocab_size, (1, length), device="cuda")
     weights = sum(x.numel() for key, x in rwkv.blocks.named_parameters() if x.ndim >= 2)
 
     def read():
@@ -291,14 +295,14 @@ def part_prefill():
     numbers = probes()
     report("probes", **numbers)
     for name in MODELS:
-        attempt(f"prefill 641 {name}", _prefill, name, 641, numbers["bf16 TFLOP/s"])
+        attempt(f"prefill {PROMPT} {name}", _prefill, name, PROMPT, numbers["bf16 TFLOP/s"])
 
 
 def _train(case, rwkv, batch, length, product):
     import torch
     import torch.nn.functional as F
 
-    tokens = torch.randint(0, 60000, (batch, length), device="cuda")
+    tokens = torch.randint(0, rwkv.config.vocab_size, (batch, length), device="cuda")
     weights = sum(x.numel() for key, x in rwkv.named_parameters() if x.ndim >= 2 and not key.startswith("emb."))
 
     def step():
@@ -338,7 +342,8 @@ def part_train():
             function, *x, use_reentrant=False
         )
     for batch in (1, 4):
-        attempt(f"train 1.6B batch {batch} of 2048, recomputing", _train, rwkv, batch, 2048, numbers["bf16 TFLOP/s"])
+        title = f"train 1.6B batch {batch} of {SEQUENCE}, recomputing"
+        attempt(title, _train, rwkv, batch, SEQUENCE, numbers["bf16 TFLOP/s"])
 
 
 PARTS = {

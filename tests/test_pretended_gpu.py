@@ -1,6 +1,7 @@
 """The ways through the model on GPUs that are not there (pretended_gpu.py): tensors of two devices are never mixed, a
 graph holds nothing but work of the GPU, the host waits once for each token, and the results are those of the CPU."""
 
+import json
 import queue
 from contextlib import nullcontext
 from functools import partial
@@ -10,15 +11,18 @@ import torch
 from pretended_gpu import pretended_gpus
 
 import visualrwkv
+from bench import gpu, gpu_parts
 from visualrwkv import RWKVState, cuda_graphs
 from visualrwkv.decoding import Decoder, Reply
-from visualrwkv.ops import use_kernel
+from visualrwkv.ops import kernel, use_kernel
 from visualrwkv.prompt import Turn
 from visualrwkv.sampling import Sampling
 from visualrwkv.serving.engine import Engine, ServedReply
+from visualrwkv.training import compile_layers
 
 QUESTIONS = ["What is the colour?", "What?", "What is it, 在哪里?"]
 SEEDED = {"temperature": 1.0, "top_p": 0.9, "top_k": 20, "seed": 3, "presence_penalty": 0.5, "frequency_penalty": 0.1}
+pytestmark = pytest.mark.filterwarnings("error:.* without a CUDA graph")
 SHORT = {"max_new_tokens": 8}
 
 
@@ -89,11 +93,11 @@ def test_the_host_waits_once_for_a_token(gpus, on_gpu, pictures, sampling):
 
 
 def test_replies_join_and_leave(gpus, vlm, on_gpu, pictures, monkeypatch):
-    """The server's loop, in a thread of its own; without its inference mode, whose tensors nothing can stand in for."""
-    original = Engine._work.__wrapped__
+    """The server's loop, in a thread of its own and in inference mode."""
+    original = Engine._work
 
     def work(self):
-        with gpus, torch.no_grad():
+        with gpus:
             original(self)
 
     def answers(which):
@@ -222,3 +226,37 @@ def test_a_weight_that_takes_the_place_of_another_is_used(gpus, random_folder):
         changed = rwkv(embeds, state.clone())[0]
         with use_kernel(False):
             torch.testing.assert_close(changed.cpu(), rwkv(embeds, state.clone())[0].cpu())
+
+
+def test_layers_that_are_compiled_find_the_kernels_of_the_gpu(gpus, random_folder, monkeypatch):
+    """Nothing loads them while a layer is traced."""
+    monkeypatch.setattr(kernel, "_on_cuda", False)
+    compile_layers(visualrwkv.load(random_folder, device="cpu").model)
+    assert kernel._on_cuda
+
+
+@pytest.mark.parametrize("part", ["check", "wkv", "decode", "prefill", "train"])
+def test_the_parts_of_the_benchmark_run(gpus, monkeypatch, capsys, part):
+    """With small sizes; so that a run on a GPU is not lost to a slip of the pen."""
+    small = {"vocab_size": 100, "hidden_size": 128, "num_hidden_layers": 2}
+    for name, value in {
+        "MODELS": {"1.6B": small, "7B": small | {"time_mix_rank": 64, "decay_rank": 128}},
+        "CHECKED": (((2, 20, 2), 64), ((1, 9, 2), 32)),
+        "DECAYS": ((0.0, 1.5),),
+        "ROWS": ((1, 20, 2),),
+        "PROMPT": 20,
+        "WRITTEN": 4,
+        "SEQUENCE": 20,
+        "COPIED": 1000,
+        "SQUARE": 64,
+        "milliseconds": partial(gpu_parts.milliseconds, seconds=0.0),
+    }.items():
+        monkeypatch.setattr(gpu_parts, name, value)
+    gpu_parts.PARTS[part]()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(gpu_parts.MARK)]
+    results = [json.loads(line.removeprefix(gpu_parts.MARK)) for line in lines]
+    assert [result for result in results if "failed" in result] == []
+    assert len(results) == {"check": 7, "wkv": 5, "decode": 4, "prefill": 3, "train": 3}[part]
+    timed = {result["case"]: result["timed"] for result in results if "timed" in result}
+    assert all(how == "graph" for case, how in timed.items() if "PyTorch" not in case)
+    assert all(gpu.line(result) for result in results)
