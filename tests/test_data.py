@@ -73,6 +73,29 @@ def test_wrong_overrides_are_refused_by_name(recipe_file, override, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_key_that_is_there_twice_is_refused(recipe_file):
+    recipe_file.write_text(RECIPE + "train: {projector: 2e-3}\n")
+    with pytest.raises(InputError, match="recipe.yaml: line 8: the key 'train' is there twice"):
+        load_recipe(recipe_file)
+    recipe_file.write_text(RECIPE.replace("turns: [1, 1]", "turns: [1, 1], until: 1"))
+    with pytest.raises(InputError, match="line 5: the key 'until' is there twice"):
+        load_recipe(recipe_file)
+    recipe_file.write_text(RECIPE.replace("[1, 3]", "&few [1, 3]").replace("[1, 1]", "*few"))
+    assert load_recipe(recipe_file).data.scenes.curriculum[0].turns == (1, 3)
+
+
+def test_paths_may_start_in_the_home_folder(recipe_file, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/anna")
+    overrides = ["output=~/out", "data={json: ~/my.json, images: ~/pictures}", "model={from: ~/folder, vision: ~/clip}"]
+    recipe = load_recipe(recipe_file, overrides)
+    assert (recipe.output, recipe.data.json, recipe.data.images) == (
+        "/home/anna/out",
+        "/home/anna/my.json",
+        "/home/anna/pictures",
+    )
+    assert (recipe.model.from_, recipe.model.vision) == ("/home/anna/folder", "/home/anna/clip")
+
+
 def test_recipe_survives_saving(recipe_file, tmp_path):
     recipe = load_recipe(recipe_file)
     save_recipe(recipe, tmp_path / "resolved.yaml")
@@ -317,3 +340,9 @@ def test_as_many_markers_as_pictures(llava, vlm, tmp_path):
     dataset = JsonDataset(llava(twice), tmp_path, vlm.processor, max_length=600)
     with pytest.raises(InputError, match="show 2 images, but 'image' names 1"):
         dataset.encode(dataset.samples[0])
+
+
+def test_a_picture_in_a_reply_is_counted_as_shown(llava, vlm):
+    dataset = JsonDataset(llava(talk("What", "It is <image> red", image="0.png")), None, vlm.processor, 500)
+    assert dataset.encode(dataset.samples[0])["images"] == 1 and dataset.unshown == 0
+    assert JsonDataset(llava(talk("What", "<image>")), None, vlm.processor, 500).unnamed == 1

@@ -144,8 +144,8 @@ def read_llava(path):
 
 
 def _marks(sample):
-    """Whether a turn of the user has a place for a picture."""
-    return any(turn["from"] == "human" and MARKER in turn["value"] for turn in sample["conversations"])
+    """Whether a turn has a place for a picture."""
+    return any(MARKER in turn["value"] for turn in sample["conversations"])
 
 
 def sample_name(sample, number):

@@ -7,6 +7,7 @@ and the known ones of its level are listed, so that a misspelt key never silentl
 
 import dataclasses
 import math
+import os
 import types
 import typing
 from dataclasses import dataclass, field
@@ -159,7 +160,9 @@ def load_recipe(path, overrides=()):
 
     path = find_recipe(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        _refuse_twice(yaml.compose(text, yaml.SafeLoader), path)
+        raw = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{path}: cannot be read ({error}); pass a YAML recipe such as configs/train/projector.yaml"
@@ -171,8 +174,30 @@ def load_recipe(path, overrides=()):
     for override in overrides:
         _override(raw, override, yaml)
     recipe = _convert(raw, Recipe, str(path), "")
+    _expand_home(recipe)
     _validate(recipe, path)
     return recipe
+
+
+def _refuse_twice(node, path):
+    """A key that stands twice in a mapping: YAML would take the last value and forget the others."""
+    keys = [key for key, _ in node.value] if node is not None and node.id == "mapping" else []
+    for number, key in enumerate(keys):
+        if key.value in (former.value for former in keys[:number]):
+            raise InputError(f"{path}: line {key.start_mark.line + 1}: the key {key.value!r} is there twice; keep one")
+    if node is not None and node.id != "scalar":
+        for child in node.value:
+            _refuse_twice(child[1] if node.id == "mapping" else child, path)
+
+
+def _expand_home(recipe):
+    """The home folder for a leading `~`, which no shell expands in a file or behind `key=`."""
+    model, data = recipe.model, recipe.data
+    names = [(recipe, "output"), (recipe, "resume"), (data, "json"), (data, "images"), (model, "from_")]
+    names += [(part, name) for part in (model, model.new) if part for name in ("vision", "vocabulary")]
+    for part, name in names:
+        if isinstance(value := getattr(part, name, None), str):
+            setattr(part, name, os.path.expanduser(value))
 
 
 def find_recipe(path):
