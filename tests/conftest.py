@@ -103,3 +103,16 @@ def picture_file(pictures, tmp_path_factory):
     path = tmp_path_factory.mktemp("pictures") / "picture.png"
     pictures[0].save(path)
     return path
+
+
+@pytest.fixture
+def recipe(tmp_path, random_folder):
+    """A function that writes a training recipe with its own output folder and gives the file's path."""
+    from training_recipes import BASE
+
+    def write(name="run", text=BASE):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(text.format(output=tmp_path / name, model=random_folder))
+        return path
+
+    return write

@@ -36,7 +36,7 @@ LAYERS = [
         "image_processing",
         "scenes",
     ],
-    ["inference", "vision", "processing", "streaming", "checkpoint_layout", "sampling", "saved_chat"],
+    ["inference", "vision", "processing", "runs", "streaming", "checkpoint_layout", "sampling", "saved_chat"],
     ["rwkv", "decoding"],
     ["modeling", "session"],
     ["checkpoints", "chat", "registration"],

@@ -1,16 +1,14 @@
 """The training stages, each for a few steps on the tiny random model."""
 
-import errno
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from training_recipes import BASE, changed, weights
 
 from visualrwkv.errors import InputError
 
@@ -20,39 +18,6 @@ from visualrwkv import engine, training
 from visualrwkv.building import build_model
 from visualrwkv.data import Collator, ScenesDataset
 from visualrwkv.recipe import ScenesData, load_recipe
-
-BASE = """
-stage: instruction
-output: {output}
-model: {{from: {model}}}
-data: {{max_length: 600, scenes: {{seed: 1, objects: [1, 2], sides: [96, 110], turns: [1, 2]}}}}
-train: {{projector: 1.0e-3, language: 1.0e-3}}
-steps: 4
-batch_size: 2
-workers: 0
-log_every: 1
-save_every: 2
-"""
-
-
-@pytest.fixture
-def recipe(tmp_path, random_folder):
-    """A function that writes a recipe with its own output folder and gives the file's path."""
-
-    def write(name="run", text=BASE):
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(text.format(output=tmp_path / name, model=random_folder))
-        return path
-
-    return write
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def changed(before, after):
-    return {name for name in before if not torch.equal(before[name], after[name])}
 
 
 def test_the_projector_stage_changes_the_projector_alone(recipe, tmp_path, random_folder):
@@ -147,44 +112,6 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(vlm):
         assert ((halves[name] - expected).abs().max() / scale) < 1e-4, name
 
 
-class SendSignal:
-    """Sends a signal to this process when sample `at` is drawn."""
-
-    def __init__(self, monkeypatch, at, number=signal.SIGINT):
-        original = ScenesDataset.__getitem__
-
-        def get(dataset, index):
-            if index == at:
-                os.kill(os.getpid(), number)
-            return original(dataset, index)
-
-        monkeypatch.setattr(ScenesDataset, "__getitem__", get)
-
-
-@pytest.mark.parametrize("options", [[], ["accumulate=2", "precision=bf16", "train.vision=1e-3"]])
-def test_an_interrupted_run_resumes_bitwise(recipe, tmp_path, monkeypatch, capsys, options):
-    options = ["steps=5", "save_every=100", "weight_decay=0.1", "warmup=2", *options]
-    assert training.run(recipe("whole"), options) == 0
-    per_step = 4 if "accumulate=2" in options else 2
-    with monkeypatch.context() as patch:
-        SendSignal(patch, at=2 * per_step)  # while the third step's samples are drawn
-        assert training.run(recipe("parts"), options) == 130
-    line = next(line for line in capsys.readouterr().err.splitlines() if "stopped at step" in line)
-    assert "of 5; the same command resumes from" in line
-    assert not (tmp_path / "parts" / "model.safetensors").exists()
-    assert training.run(recipe("parts"), options) == 0
-    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
-    assert not changed(whole, parts)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3, 4, 5]
-
-
-def test_signals_get_their_handlers_back(recipe):
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    training.run(recipe(), ["steps=1"])
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-
-
 def test_worker_processes_deliver_the_same_samples(recipe, tmp_path):
     training.run(recipe("alone"), ["steps=2"])
     training.run(recipe("worker"), ["steps=2", "workers=2"])
@@ -209,19 +136,6 @@ def test_an_error_in_a_worker_process_is_one_line_and_the_end(recipe, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_the_rest_of_a_run_may_learn_at_another_rate(recipe, tmp_path, capsys):
-    assert training.run(recipe(), ["steps=2", "save_every=2"]) == 0
-    (tmp_path / "run" / "model.safetensors").unlink()
-    options = ["steps=4", "train.projector=1e-5", "train.language=1e-6", "final_rate=1", "weight_decay=0"]
-    assert training.run(recipe(), options) == 0
-    *_, last = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert last["step"] == 4 and last["lr"] == pytest.approx({"projector": 1e-5, "language": 1e-6})
-    before = (tmp_path / "run" / "recipe.yaml").read_text()
-    with pytest.raises(InputError, match="other parts learned there"):
-        training.run(recipe(), ["steps=6", "train={projector: 1e-3}"])
-    assert (tmp_path / "run" / "recipe.yaml").read_text() == before
-
-
 def test_pictures_that_nobody_sees_are_told(own_data, tmp_path, capsys):
     path = tmp_path / "data.json"
     samples = json.loads(path.read_text())
@@ -232,46 +146,6 @@ def test_pictures_that_nobody_sees_are_told(own_data, tmp_path, capsys):
     err = capsys.readouterr().err
     assert f"{path}: 1 of 5 samples name a picture but have no <image>; it is not shown" in err
     assert f"{path}: 1 of 5 samples have <image> but name no picture; it is read as text" in err
-
-
-def test_a_full_disk_keeps_the_last_good_checkpoint(recipe, tmp_path, monkeypatch):
-    original, calls = torch.save, []
-
-    def save(content, path, *args, **kwargs):
-        calls.append(path)
-        if "checkpoint-4" in str(path):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return original(content, path, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", save)
-        with pytest.raises(InputError) as error:
-            training.run(recipe())
-    assert "No space left on device" in str(error.value) and "checkpoint-2" in str(error.value)
-    assert not (tmp_path / "run" / "checkpoint-4").exists()
-    assert training.run(recipe()) == 0
-
-
-def test_only_complete_checkpoints_count(tmp_path):
-    from visualrwkv.runs import newest_checkpoint
-
-    assert newest_checkpoint(tmp_path) is None
-    for step, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"global_st'), (14, None)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "optimizer.pt").write_bytes(b"")
-        if state:
-            (folder / "trainer_state.json").write_text(state)
-    assert newest_checkpoint(tmp_path).name == "checkpoint-10"
-
-
-def test_resume_can_be_refused_or_named(recipe, tmp_path):
-    training.run(recipe(), ["steps=2"])
-    with pytest.raises(InputError, match="holds checkpoint-2 of an earlier run"):
-        training.run(recipe(), ["steps=4", "resume=none"])
-    with pytest.raises(InputError, match="no checkpoint to resume from"):
-        training.run(recipe(), [f"resume={tmp_path / 'nothing'}"])
-    assert training.run(recipe(), ["steps=3", f"resume={tmp_path / 'run' / 'checkpoint-2'}"]) == 0
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from visualrwkv.data import Curriculum, pixels, sample
 from visualrwkv.errors import InputError
-from visualrwkv.runs import count_samples, is_main_process, write_versions, writing
+from visualrwkv.runs import alone, count_samples, is_main_process, write_versions, writing
 from visualrwkv.vision import VisionTower, describe_tower
 
 
@@ -196,10 +196,11 @@ def run_contrastive(recipe):
         return retrieval(model, drawn, next(model.parameters()).device)
 
     groups = parameter_groups(model.named_parameters(), _part_of, recipe.train, recipe.weight_decay)
-    code = train(recipe, model, PatchCaptions(*parts, length), collate_captions, groups, steps, evaluate=evaluate)
-    if code == 0 and is_main_process():
-        with writing(None, recipe.output):
-            save_tower(model, config, image_processor, tokenizer, recipe.output)
+    with alone(recipe.output):
+        code = train(recipe, model, PatchCaptions(*parts, length), collate_captions, groups, steps, evaluate=evaluate)
+        if code == 0 and is_main_process():
+            with writing(None, recipe.output):
+                save_tower(model, config, image_processor, tokenizer, recipe.output)
     return code
 
 

@@ -173,6 +173,8 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         from tqdm import tqdm
 
+        # those of a checkpoint would hold for the rest of the run
+        state.save_steps, state.logging_steps = args.save_steps, args.logging_steps
         if state.is_world_process_zero:  # not before: what cannot be gone on with must not replace the recipe
             with writing(None, args.output_dir):
                 save_recipe(self.recipe, Path(args.output_dir) / "recipe.yaml")
@@ -187,8 +189,13 @@ class Progress(TrainerCallback):
         )
         self.since, self.last_step = time.perf_counter(), state.global_step
 
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        self.rates = {group["part"]: group["lr"] for group in optimizer.param_groups}
+
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.bar.update(1)
+        if control.should_save:  # no loss between two lines is lost with a stop, and none that is no number is saved
+            control.should_log = True
         every = self.recipe.eval.every
         if self.evaluate and every and (state.global_step % every == 0 or state.global_step == state.max_steps):
             before = time.perf_counter()
@@ -199,16 +206,24 @@ class Progress(TrainerCallback):
                 self.bar.write(f"step {state.global_step}: {line}", file=sys.stderr)
             self.since += time.perf_counter() - before  # samples/s speaks of training alone
 
-    def on_log(self, args, state, control, logs=None, optimizer=None, **kwargs):
+    def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in logs or not state.is_world_process_zero:
             return
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(logs.get(name) or 0):
+                last = newest_checkpoint(args.output_dir)
+                raise InputError(
+                    f"step {state.global_step}: {name} is {logs[name]}, nothing can be learned from here on; lower the "
+                    f"rates of 'train' or raise 'warmup'"
+                    + (f"; resume={last} goes on from the last checkpoint before it" if last else "")
+                )
         steps, now = state.global_step - self.last_step, time.perf_counter()
         samples = steps * samples_per_step(self.recipe)
         entry = {
             "step": state.global_step,
             "loss": logs["loss"],
             "grad_norm": logs.get("grad_norm"),
-            "lr": {group["part"]: group["lr"] for group in optimizer.param_groups},
+            "lr": self.rates,
             "samples_per_s": round(samples / (now - self.since), 2),
         }
         self.since, self.last_step = now, state.global_step
@@ -294,12 +309,10 @@ def train(recipe, model, dataset, collator, groups, steps, processor=None, evalu
     Returns:
         0 when it ran to its end, 128 + the signal's number when it was interrupted (a checkpoint was written).
     """
-    output = Path(recipe.output)
     resume = resume_from(recipe)
+    if resume and is_main_process():
+        print(f"goes on from {resume}", file=sys.stderr)
     interruption, progress = Interruption(), Progress(recipe, evaluate)
-    if is_main_process():
-        with writing(None, output):
-            output.mkdir(parents=True, exist_ok=True)
     trainer = StageTrainer(
         recipe,
         groups,
@@ -308,7 +321,7 @@ def train(recipe, model, dataset, collator, groups, steps, processor=None, evalu
         train_dataset=dataset,
         data_collator=collator,
         processing_class=processor,
-        callbacks=[progress, interruption],
+        callbacks=[interruption, progress],
     )
     _drop_printer(trainer)
     with interruption, quiet_transformers():
@@ -322,7 +335,7 @@ def train(recipe, model, dataset, collator, groups, steps, processor=None, evalu
             if "DataLoader worker" in str(error):
                 raise InputError(
                     f"a process that prepares samples ended ({str(error).splitlines()[0]}); out of memory? Use fewer "
-                    "workers or a smaller batch_size; the same command goes on from the newest checkpoint"
+                    "workers, or a smaller batch_size and more accumulate, and go on from the newest checkpoint"
                 ) from None
             raise
         except InputError as error:
@@ -335,11 +348,10 @@ def train(recipe, model, dataset, collator, groups, steps, processor=None, evalu
     if trainer.skipped:
         print(f"{len(trainer.skipped)} samples could not be used and were skipped", file=sys.stderr)
     if interruption.signal is not None and trainer.state.global_step < steps:
-        kept = newest_checkpoint(output)
-        print(
-            f"stopped at step {trainer.state.global_step} of {steps}; the same command resumes from {kept}",
-            file=sys.stderr,
-        )
+        if is_main_process():
+            kept = Path(recipe.output) / f"checkpoint-{trainer.state.global_step}"
+            way = f"the same command resumes from {kept}" if recipe.resume == "auto" else f"resume={kept} goes on"
+            print(f"stopped at step {trainer.state.global_step} of {steps}; {way}", file=sys.stderr)
         return 128 + interruption.signal
     return 0
 

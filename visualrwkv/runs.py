@@ -6,9 +6,22 @@ import json
 import math
 import os
 import shutil
+from operator import attrgetter
 from pathlib import Path
 
-from visualrwkv.errors import InputError
+from visualrwkv.errors import InputError, short
+from visualrwkv.recipe import load_recipe
+
+# What makes it another run: who changes one of these in the same folder would be given the former run's result.
+_RUN = {
+    "stage": "stage",
+    "model.from": "model.from_",
+    "model.vision": "model.vision",
+    "model.new": "model.new",
+    "data.json": "data.json",
+    "seed": "seed",
+}
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class WriteError(InputError):
@@ -27,23 +40,16 @@ def writing(folder, output):
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
         last = newest_checkpoint(output)
-        rest = (
-            f"the last good checkpoint is {last}; the same command goes on from there" if last else "nothing was saved"
-        )
-        raise WriteError(f"{folder or output}: cannot be written ({reason}); free some space: {rest}") from error
+        rest = f"resume={last} goes on from the last good checkpoint" if last else "nothing was saved"
+        remedy = "choose another output" if getattr(error, "errno", None) in _FORBIDDEN else "free some space"
+        raise WriteError(f"{folder or output}: cannot be written ({reason}); {remedy}: {rest}") from error
 
 
 def _write_failure(error):
     """Why writing failed, or None if the error is none of writing."""
     from safetensors import SafetensorError
 
-    if isinstance(error, OSError) and error.errno in (
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EACCES,
-        errno.EROFS,
-        errno.EFBIG,
-    ):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, *_FORBIDDEN):
         return error.strerror
     text = str(error)
     if isinstance(error, SafetensorError) and ("os error" in text.lower() or "I/O" in text):
@@ -67,25 +73,84 @@ def newest_checkpoint(output):
     return max(found)[1] if found else None
 
 
+@contextlib.contextmanager
+def alone(output):
+    """The output folder, made and held for one run: two would write the same checkpoints.
+
+    Raises:
+        InputError: another run is writing there.
+    """
+    if not is_main_process():
+        yield
+        return
+    path = Path(output) / ".lock"
+    with writing(None, output):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")
+    with file:
+        with contextlib.suppress(ImportError):  # there is no fcntl on Windows
+            import fcntl
+
+            try:
+                # not flock, whose lock the workers would inherit and hold for seconds after a run was killed
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise InputError(
+                    f"{output}: another run is writing there; wait for its end, or choose another output"
+                ) from None
+            except OSError:  # a file system without locks, as some of clusters are
+                pass
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows removes no open file
+                path.unlink()
+
+
 def resume_from(recipe):
     """The checkpoint folder to continue from, or None for a fresh start.
 
     Raises:
-        InputError: the named folder is no checkpoint, or a fresh start would mix with an earlier run's checkpoints.
+        InputError: the named folder is no checkpoint, a fresh start would mix with an earlier run's checkpoints, or
+            the checkpoint cannot be gone on with by this recipe.
     """
-    newest = newest_checkpoint(recipe.output)
-    if recipe.resume == "auto":
-        return newest
-    if recipe.resume == "none":
-        if newest:
-            raise InputError(
-                f"{recipe.output}: holds {newest.name} of an earlier run; remove it, change output or use resume=auto"
-            )
-        return None
-    folder = Path(recipe.resume)
-    if not (folder / "trainer_state.json").is_file():
-        raise InputError(f"{folder}: no checkpoint to resume from (it has no trainer_state.json)")
+    folder = newest_checkpoint(recipe.output)
+    if recipe.resume == "none" and folder:
+        raise InputError(
+            f"{recipe.output}: holds {folder.name} of an earlier run; remove it, change output or use resume=auto"
+        )
+    if recipe.resume not in ("auto", "none"):
+        folder = Path(recipe.resume)
+        if not (folder / "trainer_state.json").is_file():
+            raise InputError(f"{folder}: no checkpoint to resume from (it has no trainer_state.json)")
+    if folder:
+        _check_run(recipe, folder)
     return folder
+
+
+def _check_run(recipe, folder):
+    """Refuses a checkpoint of another run, unless it was named, and one whose steps are of another size."""
+    try:
+        former = load_recipe(folder.parent / "recipe.yaml")
+    except InputError:  # none there, or of a version with other keys
+        return
+    for name, place in _RUN.items():
+        before, now = (attrgetter(place)(one) for one in (former, recipe))
+        if before != now and recipe.resume == "auto":
+            raise InputError(
+                f"{folder}: is of a run with {name} {short(before)}, this one has {short(now)}; choose another output, "
+                f"or resume={folder} to go on with it all the same"
+            )
+    anew = f"choose another output, and model.from={folder} to begin with what was learned"
+    if former.freeze_layers != recipe.freeze_layers:
+        raise InputError(f"{folder}: is of a run with freeze_layers {former.freeze_layers}; keep that, or {anew}")
+    processes = len(list(folder.glob("rng_state*.pth")))  # each writes its own
+    before, now = former.batch_size * former.accumulate * processes, samples_per_step(recipe)
+    if before != now:
+        raise InputError(
+            f"{folder}: its steps have {before} samples (batch_size x accumulate x processes), those of this run "
+            f"{now}; keep the product, or {anew}"
+        )
 
 
 def is_main_process():

@@ -15,7 +15,7 @@ from visualrwkv.loading import quiet_transformers
 from visualrwkv.ops.build import BuildError, compiler
 from visualrwkv.ops.kernel import ready, ready_on_cuda
 from visualrwkv.recipe import load_recipe
-from visualrwkv.runs import count_samples, is_main_process, require_accelerate, write_versions, writing
+from visualrwkv.runs import alone, count_samples, is_main_process, require_accelerate, write_versions, writing
 
 _PREFIXES = {"projector": "proj.", "language": "rwkv.", "vision": "vit."}
 
@@ -60,12 +60,13 @@ def run_language(recipe):
     dataset, steps = build_dataset(recipe, processor)
     describe_run(recipe, model, groups, steps)
     evaluate = _evaluation(recipe, model, processor)
-    code = train(recipe, model, dataset, Collator(), groups, steps, processor=processor, evaluate=evaluate)
-    if code == 0 and is_main_process():
-        with writing(None, recipe.output), quiet_transformers():
-            model.eval().save_pretrained(recipe.output)
-            processor.save_pretrained(recipe.output)
-            write_versions(recipe.output)
+    with alone(recipe.output):
+        code = train(recipe, model, dataset, Collator(), groups, steps, processor=processor, evaluate=evaluate)
+        if code == 0 and is_main_process():
+            with writing(None, recipe.output), quiet_transformers():
+                model.eval().save_pretrained(recipe.output)
+                processor.save_pretrained(recipe.output)
+                write_versions(recipe.output)
     return code
 
 
