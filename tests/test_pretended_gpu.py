@@ -2,7 +2,11 @@
 graph holds nothing but work of the GPU, the host waits once for each token, and the results are those of the CPU."""
 
 import json
+import os
 import queue
+import shutil
+import sys
+import threading
 from contextlib import nullcontext
 from functools import partial
 
@@ -14,12 +18,14 @@ import visualrwkv
 from bench import gpu, gpu_parts
 from visualrwkv import RWKVState, cuda_graphs
 from visualrwkv.decoding import Decoder, Reply
-from visualrwkv.ops import kernel, use_kernel
+from visualrwkv.ops import kernel, use_kernel, wkv6
 from visualrwkv.prompt import Turn
 from visualrwkv.sampling import Sampling
 from visualrwkv.serving.engine import Engine, ServedReply
 from visualrwkv.training import compile_layers
 
+COMPILER = shutil.which(os.environ.get("CXX", "c++").split()[0])
+needs_kernel = pytest.mark.skipif(not COMPILER or sys.platform == "win32", reason="needs a C++ compiler")
 QUESTIONS = ["What is the colour?", "What?", "What is it, 在哪里?"]
 SEEDED = {"temperature": 1.0, "top_p": 0.9, "top_k": 20, "seed": 3, "presence_penalty": 0.5, "frequency_penalty": 0.1}
 pytestmark = pytest.mark.filterwarnings("error:.* without a CUDA graph")
@@ -173,6 +179,28 @@ def test_a_model_on_another_gpu_has_graphs_of_its_own(gpus, vlm, on_gpu, random_
         assert cuda_graphs._steps[which.model.rwkv]
 
 
+@needs_kernel
+def test_while_a_graph_is_recorded_other_threads_keep_their_states(gpus):
+    """The states of all layers begin as the same tensor of zeros."""
+    r, k, v, w, u, state = (
+        torch.randn(*size, device="cuda:0") for size in [(1, 4, 2, 64)] * 4 + [(2, 64), (1, 2, 64, 64)]
+    )
+    before, finals = state.clone(), []
+
+    def other():
+        with gpus:
+            finals.append(wkv6(r, k, v, w, u, state)[1])
+
+    with torch.no_grad(), kernel.states_in_place():
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert finals[0] is not state
+        torch.testing.assert_close(state.cpu(), before.cpu(), rtol=0, atol=0)
+        assert wkv6(r, k, v, w, u, state)[1] is state
+        torch.testing.assert_close(state.cpu(), finals[0].cpu())
+
+
 def test_where_recording_fails_decoding_goes_on(gpus, random_folder, pictures, monkeypatch):
     there = visualrwkv.load(random_folder, device="cuda:0")
     wanted = there.ask(pictures[0], "What?", **SHORT)
@@ -228,6 +256,7 @@ def test_a_weight_that_takes_the_place_of_another_is_used(gpus, random_folder):
             torch.testing.assert_close(changed.cpu(), rwkv(embeds, state.clone())[0].cpu())
 
 
+@needs_kernel
 def test_layers_that_are_compiled_find_the_kernels_of_the_gpu(gpus, random_folder, monkeypatch):
     """Nothing loads them while a layer is traced."""
     monkeypatch.setattr(kernel, "_on_cuda", False)
@@ -235,6 +264,7 @@ def test_layers_that_are_compiled_find_the_kernels_of_the_gpu(gpus, random_folde
     assert kernel._on_cuda
 
 
+@needs_kernel
 @pytest.mark.parametrize("part", ["check", "wkv", "decode", "prefill", "train"])
 def test_the_parts_of_the_benchmark_run(gpus, monkeypatch, capsys, part):
     """With small sizes; so that a run on a GPU is not lost to a slip of the pen."""

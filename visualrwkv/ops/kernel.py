@@ -8,6 +8,7 @@ of code.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import get_ident
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CUDA_HEAD_SIZES = (32, 64, 128)
 _registered = False
-_in_place = False
+_in_place: int | None = None  # the thread within `states_in_place`
 _on_cuda = False  # whether the library of CUDA is loaded
 _wanted = os.environ.get("VISUALRWKV_KERNEL", "1") != "0"
 
@@ -44,10 +45,11 @@ def kernels_wanted() -> bool:
 def states_in_place() -> Iterator[None]:
     """Within the block the compiled form on a GPU writes the new state over the given one and returns that tensor.
 
-    For decoding from memory that stays where it is (`visualrwkv.cuda_graphs`); gradients do not flow.
+    In this thread alone, and in one at a time. For decoding from memory that stays where it is
+    (`visualrwkv.cuda_graphs`); gradients do not flow.
     """
     global _in_place
-    before, _in_place = _in_place, True
+    before, _in_place = _in_place, get_ident()
     try:
         yield
     finally:
@@ -119,7 +121,7 @@ def run_kernel(
 ) -> tuple[Tensor, Tensor]:
     """`wkv6_kernel` where `usable` is known to hold."""
     check_arguments(r, k, v, w, u, state)
-    if _in_place and r.device.type == "cuda" and state is not None:
+    if _in_place is not None and _in_place == get_ident() and r.device.type == "cuda" and state is not None:
         return torch.ops.visualrwkv.wkv6_in_place(r, k, v, w, u, state), state
     return torch.ops.visualrwkv.wkv6(r, k, v, w, u, state)
 
