@@ -3,6 +3,8 @@
 import base64
 import io
 import struct
+import subprocess
+import sys
 import tracemalloc
 import warnings
 import zlib
@@ -245,6 +247,30 @@ def test_the_given_image_is_left_alone(tmp_path):
 def test_every_shape_fits(mode, size):
     processor = VisualRWKVImageProcessor(size=56, mode=mode)
     assert processor.fit(Image.new("RGB", size, "red")).size == (56, 56)
+
+
+STRIPS = """
+import resource
+from PIL import Image
+from visualrwkv.image_processing import MODES, VisualRWKVImageProcessor
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+for size in ((1, 2_000_000), (2_000_000, 1), (3, 1_000_000)):
+    for mode in MODES:
+        strip, before = Image.new("RGB", size, "red"), peak()
+        fitted = VisualRWKVImageProcessor(size=336, mode=mode).fit(strip)
+        assert fitted.size == (336, 336)
+        assert mode == "pad" or fitted.getextrema() == ((255, 255), (0, 0), (0, 0))
+        assert peak() - before < 200_000, (mode, size, peak() - before)
+"""
+
+
+def test_a_strip_stays_small_in_memory():
+    """A few kilobytes of PNG hold a strip of 50 million pixels, which must not become as many rows of 336."""
+    done = subprocess.run([sys.executable, "-c", STRIPS], capture_output=True, text=True)
+    assert not done.returncode, done.stderr[-300:]
 
 
 def test_squash_and_pad():

@@ -215,6 +215,8 @@ class VisualRWKVImageProcessor(BaseImageProcessor):
     def fit(self, image: Image.Image) -> Image.Image:
         """Bring an RGB image to S x S, still as 8-bit pixels."""
         if self.mode == "squash":
+            if image.height > 100 * image.width:  # Pillow before 12 widens first: gigabytes for a tall strip
+                image = image.resize((image.width, self.size), Image.Resampling.BICUBIC)
             return image.resize((self.size, self.size), Image.Resampling.BICUBIC)
         return self._crop(image) if self.mode == "crop" else self._pad(image)
 
@@ -232,7 +234,10 @@ class VisualRWKVImageProcessor(BaseImageProcessor):
 
     def _pad(self, image: Image.Image) -> Image.Image:
         """Pad to a square, then resize; the long side is resized before the padding, so that a strip stays small."""
-        size, long = self.size, max(image.size)
+        size, (short, long) = self.size, sorted(image.size)
+        if long > 100 * max(short, size):  # a hundredth of a pixel wide in the end, however long it is
+            long, factor = 100 * size, 100 * size / long
+            image = image.resize([max(1, int(side * factor + 0.5)) for side in image.size], Image.Resampling.BICUBIC)
         colour = tuple(int(255 * mean) for mean in self.image_mean)
         width, height = (size if side == long else side for side in image.size)
         small = image.resize((width, height), Image.Resampling.BICUBIC)
