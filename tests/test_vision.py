@@ -91,6 +91,29 @@ def test_a_config_rebuilds_its_tower_without_a_registry(tmp_path):
     assert again.tower == config.tower and again.patch_grid == config.patch_grid
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tower_whose_tables_no_file_holds_is_whole_after_loading(dtype, random_folder, tmp_path):
+    """The rotary positions of EVA towers are buffers that are computed, not saved; transformers leaves them empty."""
+    import visualrwkv
+    from visualrwkv.checkpoints import load_checkpoint
+
+    vlm = visualrwkv.load(random_folder)
+    tower = {"image_size": 224, "timm_model_name": "eva02_tiny_patch14_224", "timm_pool": "token"}
+    config = type(vlm.model.config).from_dict(vlm.model.config.to_dict() | {"vision_config": describe_tower(tower, 64)})
+    model = type(vlm.model).from_scratch(config).to(dtype).eval()
+    assert {name for name, _ in model.named_buffers()} - set(model.state_dict())
+    model.save_pretrained(tmp_path)
+    vlm.processor.save_pretrained(tmp_path)
+    torch.save(model.rwkv.state_dict(), tmp_path / "bare.pth")
+    again = [visualrwkv.load(tmp_path).model, type(model).from_pretrained(tmp_path).eval()]
+    again.append(load_checkpoint(tmp_path / "bare.pth", vision=config.vision_config)[0])
+    again[-1].load_state_dict(model.state_dict())
+    pixels = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        expected = model.get_image_features(pixels)
+        assert all(torch.equal(loaded.get_image_features(pixels), expected) for loaded in again)
+
+
 def test_weights_from_a_local_file(tmp_path):
     """A whole CLIP model's file, as open_clip writes it."""
     import open_clip

@@ -180,7 +180,7 @@ def _build(tensors, source, device, dtype, scan=None, prompt=None, vision=None, 
         ours[name] = ours[name].to(device=device, dtype=dtype if ours[name].is_floating_point() else None)
     model.load_state_dict(ours, assign=True)
     del ours
-    _fill_constants(model, device, dtype)
+    model.vit.fill_constants()
     model.config.dtype = model.dtype
     model.generation_config.eos_token_id = turn_end_ids(tokenizer)
     processor = VisualRWKVProcessor(
@@ -203,21 +203,6 @@ def _start_vision(config: VisualRWKVConfig) -> dict[str, Tensor]:
         "proj": build_projector(config.projector, vision.hidden_size, config.text_config.hidden_size),
     }
     return {f"{part}.{name}": x for part, module in parts.items() for name, x in module.state_dict().items()}
-
-
-def _fill_constants(model, device, dtype) -> None:
-    """Buffers that no file holds (tables that some towers compute when they are built)."""
-    if not any(buffer.is_meta for buffer in model.buffers()):
-        return
-    from visualrwkv.vision import VisionTower
-
-    built = dict(VisionTower(model.config.vision_config).named_buffers())
-    for name, buffer in list(model.vit.named_buffers()):
-        if buffer.is_meta:
-            path, _, leaf = name.rpartition(".")
-            value = built[name]
-            value = value.to(device=device, dtype=dtype if value.is_floating_point() else None)
-            model.vit.get_submodule(path)._buffers[leaf] = value
 
 
 def _read_parts(path, second=None, whole: bool = True) -> tuple[dict[str, Tensor], str]:

@@ -72,6 +72,13 @@ class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, GenerationMi
         model.rwkv.init_weights()
         return model
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers, which leaves memory as it finds it where a tower has buffers that no file holds."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).vit.fill_constants()
+        return loaded
+
     def get_input_embeddings(self) -> nn.Embedding:
         return self.rwkv.emb
 

@@ -30,6 +30,22 @@ class VisionTower(nn.Module):
         patches, cls = _features(self.visual, pixel_values.contiguous(memory_format=torch.channels_last))
         return patches if cls is None else torch.cat([patches, cls], 1)
 
+    def fill_constants(self) -> None:
+        """Compute the buffers that no file holds: those that some towers (EVA, Swin) make when they are built.
+
+        For a tower that was built on the meta device and then given its weights; in the weights' dtype.
+        """
+        saved = self.state_dict()
+        missing = [name for name, _ in self.named_buffers() if name not in saved]
+        if not missing:
+            return
+        weight, built = next(self.parameters()), dict(VisionTower(self.config).named_buffers())
+        for name in missing:
+            path, _, leaf = name.rpartition(".")
+            buffers, value = self.get_submodule(path)._buffers, built[name]
+            device = weight.device if buffers[leaf].is_meta else buffers[leaf].device
+            buffers[leaf] = value.to(device, weight.dtype if value.is_floating_point() else None)
+
 
 def pool_grid(features: Tensor, patch_grid: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     """Average the patches down to a grid; the CLS feature behind them stays.
