@@ -22,6 +22,7 @@ from visualrwkv.recipe import save_recipe
 from visualrwkv.runs import (
     is_main_process,
     newest_checkpoint,
+    note_step_size,
     resume_from,
     samples_per_step,
     world_size,
@@ -138,6 +139,8 @@ class StageTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         with writing(folder, self.args.output_dir):
+            if is_main_process():  # first, since the checkpoint is complete with what is written last
+                note_step_size(self.recipe, folder)
             super()._save_checkpoint(model, trial)
 
 

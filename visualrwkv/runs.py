@@ -21,6 +21,7 @@ _RUN = {
     "data.json": "data.json",
     "seed": "seed",
 }
+_STEP_SIZE = "samples_per_step.json"
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -125,11 +126,12 @@ def resume_from(recipe):
             raise InputError(f"{folder}: no checkpoint to resume from (it has no trainer_state.json)")
     if folder:
         _check_run(recipe, folder)
+        _check_step_size(recipe, folder)
     return folder
 
 
 def _check_run(recipe, folder):
-    """Refuses a checkpoint of another run, unless it was named, and one whose steps are of another size."""
+    """Refuses a checkpoint of another run, unless it was named, and one whose moments are of other layers."""
     try:
         former = load_recipe(folder.parent / "recipe.yaml")
     except InputError:  # none there, or of a version with other keys
@@ -141,15 +143,28 @@ def _check_run(recipe, folder):
                 f"{folder}: is of a run with {name} {short(before)}, this one has {short(now)}; choose another output, "
                 f"or resume={folder} to go on with it all the same"
             )
-    anew = f"choose another output, and model.from={folder} to begin with what was learned"
     if former.freeze_layers != recipe.freeze_layers:
-        raise InputError(f"{folder}: is of a run with freeze_layers {former.freeze_layers}; keep that, or {anew}")
-    processes = len(list(folder.glob("rng_state*.pth")))  # each writes its own
-    before, now = former.batch_size * former.accumulate * processes, samples_per_step(recipe)
+        raise InputError(
+            f"{folder}: is of a run with freeze_layers {former.freeze_layers}; keep that, or choose another output, "
+            f"and model.from={folder} to begin with what was learned"
+        )
+
+
+def note_step_size(recipe, folder):
+    """Writes how many samples a step has into the folder of a checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _STEP_SIZE).write_text(json.dumps(samples_per_step(recipe)), encoding="utf-8")
+
+
+def _check_step_size(recipe, folder):
+    """Refuses a checkpoint whose steps are of another size: samples would be left out, or seen twice."""
+    if not (folder / _STEP_SIZE).is_file():
+        return
+    before, now = json.loads((folder / _STEP_SIZE).read_text(encoding="utf-8")), samples_per_step(recipe)
     if before != now:
         raise InputError(
             f"{folder}: its steps have {before} samples (batch_size x accumulate x processes), those of this run "
-            f"{now}; keep the product, or {anew}"
+            f"{now}; keep the product, or choose another output, and model.from={folder} to begin with what was learned"
         )
 
 
