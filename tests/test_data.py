@@ -65,6 +65,8 @@ def test_overrides_reach_nested_keys_and_list_items(recipe_file):
         ("betas=[1.5, 2]", "expected numbers from 0 to below 1"),
         ("train.projector=.inf", "train.projector is inf"),
         ("eval.batch_size=0", "eval.batch_size is 0, expected a number above 0"),
+        ("eval.objects=[3, 1]", "eval.objects is (3, 1), expected [fewest, most] from 1 to 6"),
+        ("data.scenes.curriculum.0.zoom=[0, 2]", "curriculum.0.zoom is (0.0, 2.0), expected [least, most] above 0"),
     ],
 )
 def test_wrong_overrides_are_refused_by_name(recipe_file, override, message):

@@ -136,6 +136,14 @@ def test_an_error_in_a_worker_process_is_one_line_and_the_end(recipe, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_a_wrong_stretch_is_told_before_the_run_begins(recipe, tmp_path):
+    for wrong, message in (("kinds: {color: 1}", "kind of question 'color'"), ("objects: [4, 9]", "4 to 9 asked for")):
+        option = f"data.scenes.curriculum=[{{until: 0.5}}, {{until: 0.9, {wrong}}}]"
+        with pytest.raises(InputError, match=message):
+            training.run(recipe(), ["steps=20", option])
+    assert not (tmp_path / "run").exists()
+
+
 def test_pictures_that_nobody_sees_are_told(own_data, tmp_path, capsys):
     path = tmp_path / "data.json"
     samples = json.loads(path.read_text())

@@ -376,6 +376,8 @@ def _validate(recipe, source):
         need(0 <= value < math.inf, f"{name} is {value}, expected 0 or more")
     need(all(0 <= beta < 1 for beta in recipe.betas), f"betas are {recipe.betas}, expected numbers from 0 to below 1")
     need(recipe.eval.every >= 0, f"eval.every is {recipe.eval.every}, expected 0 (never) or more")
+    low, high = recipe.eval.objects
+    need(1 <= low <= high <= 6, f"eval.objects is {recipe.eval.objects}, expected [fewest, most] from 1 to 6")
     for name in ("pictures", "batch_size"):
         need(getattr(recipe.eval, name) > 0, f"eval.{name} is {getattr(recipe.eval, name)}, expected a number above 0")
     if recipe.stage == "contrastive":
@@ -416,6 +418,8 @@ def _validate_scenes(scenes, need):
             part.options is None or (part.options and all(2 <= n <= 5 for n in part.options)),
             f"{where}.options is {part.options}, expected numbers from 2 to 5",
         )
+        zoom = part.zoom
+        need(zoom is None or 0 < zoom[0] <= zoom[1], f"{where}.zoom is {zoom}, expected [least, most] above 0")
         weights = part.kinds
         good = weights is None or (any(weights.values()) and all(weight >= 0 for weight in weights.values()))
         need(good, f"{where}.kinds: weights are 0 or more, and one is above 0")

@@ -111,6 +111,9 @@ def build_dataset(recipe, processor):
     if data.scenes is not None:
         steps, length = count_samples(recipe)
         samples = ScenesDataset(data.scenes, processor, data.max_length, length, recipe.batch_size, data.foresight)
+        for start in (0, *samples.curriculum.ends):  # what no scene allows is told now, not when its stretch begins
+            if start < length:
+                samples.conversation(int(start))
         return samples, steps
     dataset = JsonDataset(data.json, data.images, processor, data.max_length, recipe.seed, foresight=data.foresight)
     steps, dataset.length = count_samples(recipe, len(dataset.samples))
