@@ -202,6 +202,11 @@ def test_json_lines_are_read(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(json.dumps(talk("What", "red")) for _ in range(3)))
     assert len(read_llava(path)) == 3
+    path.write_text(json.dumps(talk("What", "red")) + "\n\n{]\n")
+    with pytest.raises(InputError, match="data.jsonl: not valid JSON: .*: line 3 column 2$"):
+        read_llava(path)
+    path.write_text(json.dumps(talk("What", "red")), encoding="utf-8-sig")
+    assert len(read_llava(path)) == 1
     odd = "one\u2028two\u2029three\x85four"  # line breaks for Python, characters for JSON
     path.write_text(json.dumps(talk("What", odd), ensure_ascii=False) + "\r\n\n", encoding="utf-8")
     assert read_llava(path)[0]["conversations"][1]["value"] == odd

@@ -126,14 +126,18 @@ def read_llava(path):
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Windows puts a mark before it
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); data.json names a LLaVA-format file") from error
-    try:
-        lines = path.suffix == ".jsonl"
-        samples = [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from error
+    lines, found = path.suffix == ".jsonl", []
+    for before, document in enumerate(text.split("\n") if lines else [text]):
+        try:
+            if document.strip():
+                found.append(json.loads(document))
+        except json.JSONDecodeError as error:
+            place = f"line {before + error.lineno} column {error.colno}"
+            raise InputError(f"{path}: not valid JSON: {error.msg}: {place}") from error
+    samples = found if lines or not found else found[0]
     if not isinstance(samples, list) or not samples:
         raise InputError(f"{path}: expected a list of samples, found {type(samples).__name__} without any")
     for number, sample in enumerate(samples):
