@@ -54,6 +54,8 @@ class GQA(Benchmark):
             for _, record in records:
                 _ = record["answer"], record["isBalanced"], record["groups"]["global"], _steps(record)
                 _ = record["types"]["structural"], record["types"]["semantic"], record["question"].split()
+            if not any(record["isBalanced"] for _, record in records):
+                raise ValueError("none of its questions is balanced, and the score is about those that are")
         return [record for _, record in records]
 
     def judge(self, questions, gold, answers, protocol, seed=0):

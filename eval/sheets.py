@@ -22,7 +22,7 @@ _PARTS = {
     f'Type="{_DOCUMENT}/worksheet" Target="worksheets/sheet1.xml"/></Relationships>',
 }
 # characters that XML 1.0 cannot hold
-_FORBIDDEN = dict.fromkeys(code for code in range(32) if code not in (9, 10, 13))
+_FORBIDDEN = dict.fromkeys([*(code for code in range(32) if code not in (9, 10, 13)), 0xFFFE, 0xFFFF])
 
 
 def write_xlsx(rows):
@@ -45,5 +45,5 @@ def _cell(column, value, row):
         return f'<c r="{place}"><v>{value}</v></c>'
     if not value:
         return ""
-    text = escape(value.translate(_FORBIDDEN))
+    text = escape(value.translate(_FORBIDDEN).encode(errors="replace").decode())  # of half a character: "?"
     return f'<c r="{place}" t="inlineStr"><is><t xml:space="preserve">{text}</t></is></c>'

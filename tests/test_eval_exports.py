@@ -84,6 +84,18 @@ def test_mmbench_sheet(tmp_path):
     assert rows[1:] == expected_rows
 
 
+def test_a_sheet_takes_what_its_format_cannot_hold(tmp_path):
+    """A reply of a model that writes bytes, or of another tool, may hold anything that JSON can."""
+    odd = ["half \ud83d a character", "no \uffff character", "a bell \x07", "<b>&amp;"]
+    records = [json.loads(line) for line in (GOLDEN / "mmbench" / "answers.jsonl").read_text().splitlines()]
+    for record, text in zip(records, odd, strict=False):
+        record["text"] = text
+    (tmp_path / "odd.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    with zipfile.ZipFile(exported("mmbench", tmp_path / "up.xlsx", answers=tmp_path / "odd.jsonl")) as file:
+        words = list(ElementTree.fromstring(file.read("xl/worksheets/sheet1.xml")).itertext())
+    assert {"half ? a character", "no  character", "a bell ", "<b>&amp;"} <= set(words)
+
+
 def test_export_of_test_holds_all_its_ids_and_says_what_is_missing(tmp_path, capsys):
     ids = {"test": (1, 2, 3), "test-dev": (2, 3)}
     for split, members in ids.items():

@@ -219,6 +219,8 @@ def test_damaged_official_files_are_one_line(tmp_path, capsys):
         ("pope", "questions.jsonl", lambda text: text.replace('"popular"', '"default"', 1), "is 'default'; take"),
         ("gqa", "testdev_balanced_questions.json", lambda text: text.replace('"argument"', '"argument_"', 1),
          "it lacks 'argument'"),
+        ("gqa", "testdev_balanced_questions.json", lambda text: text.replace('Balanced": true', 'Balanced": false'),
+         "none of its questions is balanced"),
         ("mmbench", "mmbench_dev_made_up.tsv", lambda text: re.sub(r"\n(\d+)\t", r"\n\1.0\t", text, count=1),
          "not a TSV file of MMBench"),
     ]  # fmt: skip
