@@ -351,4 +351,6 @@ def run(host: str = "127.0.0.1", share: bool = False, auth=(), **options) -> Non
             print("Whoever reaches this address can use it; --auth USER:PASSWORD asks for a login.", file=sys.stderr)
         threading.Event().wait()
     finally:
+        for number in (signal.SIGINT, signal.SIGTERM):  # whoever is impatient must not leave pictures on the disk
+            signal.signal(number, signal.SIG_IGN)
         server.close()

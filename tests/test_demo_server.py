@@ -252,6 +252,8 @@ def test_the_command_serves_on_this_machine_alone_and_cleans_up(random_folder, t
         assert httpx.get(url).status_code == 200
         assert list(tmp_path.glob("visualrwkv-demo-*"))
     finally:
-        demo.send_signal(signal.SIGTERM)
+        while demo.poll() is None:  # an impatient one
+            demo.send_signal(signal.SIGTERM)
+            time.sleep(0.02)
         out, err = demo.communicate(timeout=60)
     assert (demo.returncode, out, err) == (143, "", "") and not list(tmp_path.glob("visualrwkv-demo-*"))
