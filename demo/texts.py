@@ -5,7 +5,7 @@ LANGUAGES = {"English": "en", "中文": "zh"}
 TEXTS = {
     "tagline": (
         "Ask about pictures. The whole conversation lives in one small state that never grows.",
-        "看图问答。整段对话只占一个大小不变的小状态。",
+        "看图问答。整段对话都存放在一个大小固定的小状态里。",
     ),
     "welcome": (
         "Show a picture and ask about it, or start with one of these.",
@@ -14,7 +14,7 @@ TEXTS = {
     "welcome_embedded": (
         "The built-in model is small: it knows drawn scenes of coloured shapes like these and nothing else. "
         "For photographs, start the demo with <code>--model</code>.",
-        "内置模型很小，只认识下面这类彩色形状的绘制场景。要问照片，请用 <code>--model</code> 启动演示。",
+        "内置模型很小，只认识下面这种由彩色图形组成的画面。如需询问照片，请用 <code>--model</code> 启动演示。",
     ),
     "ask": ("Ask, drop or paste pictures", "提问，可拖入或粘贴图片"),
     "chat": ("Conversation", "对话"),
@@ -29,7 +29,7 @@ TEXTS = {
     "branch": ("Branch", "分支"),
     "reading": ("Model and reading", "模型与读图方式"),
     "model": ("Model", "模型"),
-    "embedded": ("embedded (drawn scenes)", "内置模型（绘制场景）"),
+    "embedded": ("embedded (drawn scenes)", "内置模型（图形画面）"),
     "prompt": ("The picture stands", "图片的位置"),
     "prompt_sandwich": ("between two copies of the question", "夹在两遍问题之间"),
     "prompt_first": ("before the question", "问题之前"),
@@ -51,8 +51,8 @@ TEXTS = {
     "seed": ("Seed (empty: random)", "随机种子（留空：随机）"),
     "presence_penalty": ("Presence penalty", "出现惩罚"),
     "frequency_penalty": ("Frequency penalty", "频率惩罚"),
-    "penalty_decay": ("Penalty decay per token", "惩罚的逐词衰减"),
-    "stop": ("Stop at these words, one a line", "遇到这些词停止（每行一个）"),
+    "penalty_decay": ("Penalty decay per token", "惩罚的衰减（每 token）"),
+    "stop": ("Stop at these words, one a line", "遇到这些词时停止（每行一个）"),
     # side panel
     "summary": ("State {state} · KV cache of a transformer {cache}", "状态 {state} · Transformer 的 KV 缓存 {cache}"),
     "memory": ("Memory of this conversation", "本次对话的记忆"),
@@ -64,7 +64,7 @@ TEXTS = {
         "Nothing read yet. The state will take {size}, however long the conversation gets.",
         "尚未读入内容。无论对话多长，状态都只占 {size}。",
     ),
-    "smaller": ("{ratio}× smaller, and it never grows.", "小 {ratio} 倍，且不再增长。"),
+    "smaller": ("{ratio}× smaller, and it never grows.", "只有缓存的 1/{ratio}，且不再增长。"),
     "larger": (
         "From token {tokens} on the state is the smaller one.",
         "从第 {tokens} 个 token 起，状态更小。",
