@@ -92,6 +92,8 @@ class VisualRWKV:
         decoder.read(replies, inputs)
         while decoder.advance():
             pass
+        for reply in replies:
+            reply.check()
         return [reply.text for reply in replies]
 
     def fingerprint(self) -> str:

@@ -35,13 +35,13 @@ class Reply:
     Attributes:
         tokens: ids written so far.
         finish: None while the reply is under way; then "stop" (the model ended its turn, or wrote a stop string),
-            "length" (`max_new_tokens` cut it), or what `close` was called with.
+            "length" (`max_new_tokens` cut it), what `close` was called with, or the InputError that ended it.
         first_token_at: `time.perf_counter()` when the first token was chosen.
     """
 
     def __init__(self, tokenizer: RWKVWorldTokenizer, sampling: Sampling):
         self.tokens: list[int] = []
-        self.finish: str | None = None
+        self.finish: str | InputError | None = None
         self.first_token_at: float | None = None
         self._sampling, self._last_id = sampling, tokenizer.eos_token_id
         self._decoder, self._pieces = ReplyText(tokenizer, sampling.stop), []
@@ -78,7 +78,12 @@ class Reply:
             text += self.close("length")
         return text
 
-    def close(self, finish: str) -> str:
+    def check(self) -> None:
+        """Raises InputError if an error ended the reply."""
+        if isinstance(self.finish, InputError):
+            raise self.finish
+
+    def close(self, finish: str | InputError) -> str:
         """No further token follows; returns the text that was held back as the possible beginning of a stop string."""
         self.finish = finish
         text = self._decoder.close()
@@ -117,8 +122,7 @@ class Decoder:
         Returns:
             For each of them the text that is certain.
 
-        Raises:
-            InputError: the model's scores are no numbers. This and other errors leave the other replies as they are.
+        Errors leave the other replies as they are.
         """
         inputs = {name: value.to(self._model.device) for name, value in inputs.items()}
         output = self._model(**inputs, cache=state, logits_to_keep=1)
@@ -130,11 +134,7 @@ class Decoder:
 
     @torch.no_grad()
     def advance(self) -> list[str]:
-        """Move all replies by one token; returns the text that it makes certain, for each of `replies`.
-
-        Raises:
-            InputError: the model's scores are no numbers.
-        """
+        """Move all replies by one token; returns the text that it makes certain, for each of `replies`."""
         self.drop_complete()
         if not self.replies:
             return []
@@ -154,9 +154,14 @@ class Decoder:
                 self.state = self.state.select(rows) if rows else None
 
     def stream(self, reply: Reply, inputs: Mapping[str, Tensor], state: RWKVState | None = None) -> Iterator[str]:
-        """Write one reply by itself: its text, as soon as it is certain. Arguments and errors as for `read`."""
+        """Write one reply by itself: its text, as soon as it is certain. Arguments as for `read`.
+
+        Raises:
+            InputError: the model's scores are no numbers.
+        """
         (text,) = self.read([reply], inputs, state)
         while True:
+            reply.check()
             if text:
                 yield text
             if reply.finish:
@@ -164,12 +169,14 @@ class Decoder:
             (text,) = self.advance()
 
     def _choose(self, replies: Sequence[Reply], scores: Tensor) -> list[str]:
-        """Choose the next tokens of some replies for scores (replies, V)."""
+        """Choose the next tokens of some replies for scores (replies, V). Scores that are no numbers end their reply
+        alone."""
         scores[:, self._model.config.image_token_id] = -torch.inf  # a place for a picture is no answer
         highest, likeliest = scores.max(-1)  # not a number if any score of the row is none
         rows = zip(replies, scores.unbind(), likeliest.unbind(), strict=True)
         chosen = torch.stack([reply.choose(*row) for reply, *row in rows])
         tokens, broken = torch.stack([chosen, highest.isnan()]).tolist()  # the one wait for a GPU in a token
-        if any(broken):
-            raise InputError(NO_NUMBERS)
-        return [reply.take(token) for reply, token in zip(replies, tokens, strict=True)]
+        return [
+            reply.close(InputError(NO_NUMBERS)) if is_broken else reply.take(token)
+            for reply, token, is_broken in zip(replies, tokens, broken, strict=True)
+        ]
