@@ -72,7 +72,7 @@ def vlm(random_folder):
     """The model of `random_folder`, ready to be asked."""
     import visualrwkv
 
-    return visualrwkv.load(random_folder)
+    return visualrwkv.load(random_folder, device="cpu")
 
 
 @pytest.fixture(scope="session")

@@ -121,11 +121,11 @@ def test_channels_of_every_decay_side_by_side(library):
     check(library, inputs, both_orders=True)
 
 
-@pytest.mark.parametrize(("time", "multiprocessors"), [(270, 8), (150, 1)])
+@pytest.mark.parametrize(("time", "multiprocessors", "size"), [(270, 8, 32), (150, 1, 32), (270, 8, 64)])
 @pytest.mark.parametrize("mean", [-4.0, 0.5])
-def test_segments(library, time, multiprocessors, mean):
-    inputs = sample(1, time, 1, 32, mean=mean)
-    call = Call(batch=1, time=time, heads=1, size=32, multiprocessors=multiprocessors)
+def test_segments(library, time, multiprocessors, size, mean):
+    inputs = sample(1, time, 1, size, mean=mean)
+    call = Call(batch=1, time=time, heads=1, size=size, multiprocessors=multiprocessors)
     assert library.segments(call) == (3 if multiprocessors == 8 else 1)
     check(library, inputs, both_orders=True, multiprocessors=multiprocessors)
 
