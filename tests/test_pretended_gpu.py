@@ -17,6 +17,7 @@ from pretended_gpu import pretended_gpus
 import visualrwkv
 from bench import gpu, gpu_parts
 from visualrwkv import RWKVState, cuda_graphs
+from visualrwkv import rwkv as modules
 from visualrwkv.decoding import Decoder, Reply
 from visualrwkv.ops import kernel, use_kernel, wkv6
 from visualrwkv.prompt import Turn
@@ -199,6 +200,50 @@ def test_while_a_graph_is_recorded_other_threads_keep_their_states(gpus):
         torch.testing.assert_close(state.cpu(), before.cpu(), rtol=0, atol=0)
         assert wkv6(r, k, v, w, u, state)[1] is state
         torch.testing.assert_close(state.cpu(), finals[0].cpu())
+
+
+@pytest.mark.parametrize("reading", ["clone", "concatenate", "tensors", "forward"])
+def test_a_state_is_read_as_a_whole_while_others_decode(gpus, on_gpu, monkeypatch, reading):
+    """It lies in the memory of a graph, which another thread's state takes over within the first layer."""
+    rwkv = on_gpu.model.rwkv
+    embeds = rwkv.emb.weight[None, :3].detach()
+    states = [RWKVState.zeros(rwkv.config, 1, device="cuda:0") for _ in range(2)]
+    threads = []
+
+    def other():
+        with gpus, torch.no_grad():
+            rwkv(embeds[:, 1:2], states[1])
+
+    def meanwhile(function):
+        def call(*args, **kwargs):
+            result = function(*args, **kwargs)
+            if not threads:
+                threads.append(threading.Thread(target=other))
+                threads[0].start()
+                threads[0].join(timeout=0.5)  # where the state is protected, the other one waits for us
+            return result
+
+        return call
+
+    with torch.no_grad():
+        rwkv(embeds[:, :1], states[0])
+        kept = RWKVState([type(layer)(*(x.clone() for x in layer)) for layer in states[0].layers], states[0].seen)
+        if reading == "forward":
+            monkeypatch.setattr(modules, "token_shift", meanwhile(modules.token_shift))
+            found = rwkv(embeds, states[0])[1]
+            monkeypatch.undo()
+            wanted = rwkv(embeds, kept)[1]
+        else:
+            wanted = kept
+            original = {"clone": "clone", "concatenate": "cat", "tensors": "cpu"}[reading]
+            holder = torch if reading != "tensors" else type(embeds)
+            monkeypatch.setattr(holder, original, meanwhile(getattr(holder, original)))
+            found = RWKVState.concatenate(states[:1]) if reading == "concatenate" else getattr(states[0], reading)()
+            monkeypatch.undo()
+        threads[0].join()
+        found, wanted = (x if isinstance(x, dict) else x.tensors() for x in (found, wanted))
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(found[name], tensor, msg=name)
 
 
 def test_where_recording_fails_decoding_goes_on(gpus, random_folder, pictures, monkeypatch):

@@ -13,7 +13,6 @@ and compute it themselves where there are adapters or hooks among them.
 """
 
 import operator
-import threading
 import warnings
 import weakref
 from collections import OrderedDict
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from visualrwkv.ops.kernel import kernels_wanted, states_in_place
-from visualrwkv.state import LayerState, RWKVState
+from visualrwkv.state import LayerState, RWKVState, whole
 
 _KEPT = 8  # graphs of a model, one for each number of places; each has memory for so many states
 # None: what could not be recorded
@@ -33,7 +32,6 @@ _steps: "weakref.WeakKeyDictionary[torch.nn.Module, OrderedDict[tuple, StaticSte
     weakref.WeakKeyDictionary()
 )
 _parts: "weakref.WeakKeyDictionary[torch.nn.Module, _Parts]" = weakref.WeakKeyDictionary()
-_lock = threading.Lock()  # threads that ask the same model share its graphs and their memory
 
 
 def step(rwkv: torch.nn.Module, embeds: Tensor, state: RWKVState) -> Tensor | None:
@@ -48,7 +46,7 @@ def step(rwkv: torch.nn.Module, embeds: Tensor, state: RWKVState) -> Tensor | No
     """
     if not _applies(rwkv, embeds, state):
         return None
-    with _lock:
+    with whole:  # threads that ask the same model share its graphs and their memory
         parts = _parts.get(rwkv)
         if parts is None or not parts.hold():
             parts = _parts[rwkv] = _Parts(rwkv)
@@ -56,6 +54,16 @@ def step(rwkv: torch.nn.Module, embeds: Tensor, state: RWKVState) -> Tensor | No
             return None
         static = _find(rwkv, parts, embeds, state)
         return None if static is None else static(embeds, state)
+
+
+def leave(rwkv: torch.nn.Module, state: RWKVState) -> None:
+    """Give a state tensors of its own, before somebody else reads them while other threads decode."""
+    if torch.compiler.is_compiling():
+        return
+    with whole:
+        for static in _steps.get(rwkv, {}).values():
+            if static is not None and static.owns(state):
+                static.release()
 
 
 def _find(rwkv: torch.nn.Module, parts: "_Parts", embeds: Tensor, state: RWKVState) -> "StaticStep | None":
@@ -143,7 +151,7 @@ class StaticStep:
     @torch.no_grad()
     def __call__(self, embeds: Tensor, state: RWKVState) -> Tensor:
         """As `step`."""
-        if self._owner() is not state:
+        if not self.owns(state):
             self.release()
         count = embeds.shape[0]
         if not self._holds(state):
@@ -155,6 +163,10 @@ class StaticStep:
         state.layers = list(self._memory(count))
         self._owner = weakref.ref(state)
         return self._hidden[:count].clone()
+
+    def owns(self, state: RWKVState) -> bool:
+        """Whether the memory is that of this state."""
+        return self._owner() is state
 
     def _memory(self, count: int) -> list[LayerState]:
         """Where the states of `count` sequences are."""

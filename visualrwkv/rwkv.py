@@ -286,6 +286,8 @@ class RWKV(nn.Module):
         if embeds.is_cuda:
             single = embeds.shape[1] == 1 and mask is None and not orders
             hidden = cuda_graphs.step(self, embeds, state) if single else None
+            if hidden is None:
+                cuda_graphs.leave(self, state)
         else:
             hidden = inference.read(self, embeds, state, mask, orders, keep)
         if hidden is not None:

@@ -1,10 +1,15 @@
 """The memory of the language model: a state of fixed size, however much was read."""
 
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+# Held while a state is read as a whole: that of a graph's memory gets a copy of its own when another thread's state
+# takes its place (visualrwkv.cuda_graphs).
+whole = threading.RLock()
 
 
 class LayerState(NamedTuple):
@@ -44,7 +49,8 @@ class RWKVState:
         return cls([LayerState(shift, wkv, shift) for _ in range(config.num_hidden_layers)])
 
     def _map(self, change) -> "RWKVState":
-        return RWKVState([LayerState(*map(change, layer)) for layer in self.layers], self.seen)
+        with whole:
+            return RWKVState([LayerState(*map(change, layer)) for layer in self.layers], self.seen)
 
     def clone(self) -> "RWKVState":
         return self._map(torch.clone)
@@ -66,8 +72,9 @@ class RWKVState:
 
         They may have read differently much: nothing but the count depends on it, and `seen` becomes the largest.
         """
-        columns = zip(*(state.layers for state in states), strict=True)
-        layers = [LayerState(*map(torch.cat, zip(*column, strict=True))) for column in columns]
+        with whole:
+            columns = zip(*(state.layers for state in states), strict=True)
+            layers = [LayerState(*map(torch.cat, zip(*column, strict=True))) for column in columns]
         return cls(layers, max(state.seen for state in states))
 
     def repeat(self, times: int) -> "RWKVState":
@@ -98,11 +105,12 @@ class RWKVState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Flat names and contiguous tensors, ready for a safetensors file; `from_tensors` reads them back."""
-        return {
-            f"layers.{i}.{name}": getattr(layer, name).detach().cpu().clone(memory_format=torch.contiguous_format)
-            for i, layer in enumerate(self.layers)
-            for name in LayerState._fields
-        }
+        with whole:
+            return {
+                f"layers.{i}.{name}": getattr(layer, name).detach().cpu().clone(memory_format=torch.contiguous_format)
+                for i, layer in enumerate(self.layers)
+                for name in LayerState._fields
+            }
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], seen: int) -> "RWKVState":

@@ -12,7 +12,7 @@ told in one warning, and the PyTorch forms of the operators do the work, with th
 The exit code is 1 where a build did not work; a machine that has no nvcc need not have the CUDA kernels.
 Needed: a C++ compiler (`c++`, or the variable CXX) of the GCC or Clang family, and ninja. For CUDA also nvcc, of the
 CUDA version of PyTorch (in the folder CUDA_HOME, on the PATH, or in /usr/local/cuda), but no GPU: the library holds
-code for sm_80 and sm_90 and, for newer ones, PTX; the variable TORCH_CUDA_ARCH_LIST asks for others.
+code for sm_80 and sm_90 and, for newer ones, PTX; the variable TORCH_CUDA_ARCH_LIST asks for others, from 8.0 on.
 """
 
 import hashlib
