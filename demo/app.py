@@ -144,6 +144,7 @@ def build(talk: Talk) -> gr.Blocks:
 
         again = gr.State()  # a message to be answered again
         camera_open = gr.State(False)
+        name = gr.Textbox(visible="hidden")  # of the page, for page.js
         setting = [language, *reading]
         outputs = [chatbot, box, figures, branches]
         private = {"api_visibility": "private", "show_progress": "hidden"}
@@ -176,13 +177,21 @@ def build(talk: Talk) -> gr.Blocks:
         def translate(language):
             return [_in_language(keys, language) for _, keys in translated]
 
-        def pick_language(chosen, request: gr.Request):
-            return chosen or language_of(request.headers.get("accept-language"))
+        def arrive(chosen, former, request: gr.Request):
+            spoken = chosen or language_of(request.headers.get("accept-language"))
+            return spoken, request.session_hash, *talk.arrive(former, spoken, request)
 
         spoken = [component for component, _ in translated]
         page.load(None, None, None, js=SCRIPT.read_text(encoding="utf-8"))
-        picked = page.load(pick_language, [language], [language], js="() => window.visualrwkv.language()", **light)
-        for event in (picked.then, language.change):
+        arrived = page.load(
+            arrive,
+            [language, name],
+            [language, name, *outputs, *reading],
+            js="() => [window.visualrwkv.language(), window.visualrwkv.former()]",
+            **light,
+        )
+        arrived.then(None, [name], None, js="name => window.visualrwkv.remember(name)")
+        for event in (arrived.then, language.change):
             event(None, [language], None, js="language => { document.documentElement.lang = language; }")
         language.input(None, [language], None, js="language => window.visualrwkv.choose(language)")
         language.change(translate, [language], spoken, **light).then(talk.show, setting, outputs, **light)

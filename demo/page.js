@@ -1,5 +1,5 @@
 // What the page does by itself, without the server: pictures dropped or pasted anywhere, following a growing reply,
-// and the language that was chosen.
+// the language that was chosen, and going on with its conversation when it is loaded again.
 () => {
     const give = (files) => {
         const field = document.querySelector("#box input[type=file]");
@@ -44,7 +44,16 @@
 
     const KEY = "visualrwkv-language";
     const stored = (use) => { try { return use(localStorage); } catch { return null; } };  // a browser may forbid it
+    // A page that is loaded again, by hand or by Gradio after its connection was cut, tells what it was called before. A
+    // copy of a tab that is still open has nothing to tell.
+    const PAGE = "visualrwkv-page";
+    const ofTab = (use) => { try { return use(sessionStorage); } catch { return null; } };
     window.visualrwkv = {
+        former: () => ofTab((place) => place.getItem(PAGE)) ?? "",
+        remember: (name) => {
+            ofTab((place) => place.removeItem(PAGE));
+            window.addEventListener("pagehide", () => ofTab((place) => place.setItem(PAGE, name)));
+        },
         language: () => ["en", "zh"].find((known) => known === stored((place) => place.getItem(KEY))) ?? null,
         choose: (language) => { stored((place) => place.setItem(KEY, language)); },
     };

@@ -145,6 +145,24 @@ class Sessions:
         with self._lock:
             return self._live.get(key)
 
+    def rename(self, former: tuple, key: tuple) -> Session | None:
+        """A page was loaded again and has another key from now on; returns its session, None if there is none.
+
+        Raises `Ended` once if there was one.
+        """
+        with self._lock:
+            self._sweep()
+            reason = self._ended.pop(former, None)
+            if reason:
+                raise Ended(reason)
+            if former not in self._live or key in self._live:
+                return None
+            self._left.pop(former, None)
+            del self._used[former]
+            self._used[key] = self._clock()
+            self._live[key] = self._live.pop(former)
+            return self._live[key]
+
     def leave(self, key: tuple) -> None:
         """The page was closed: its reply stops now, its session goes after the grace time."""
         with self._lock:
@@ -192,7 +210,7 @@ class Sessions:
         session = self._live.pop(key)
         self._used.pop(key)
         self._left.pop(key, None)
-        if session.branches:
+        if session.nbytes:  # something was said
             self._ended[key] = reason
         while len(self._ended) > 10 * self.limit:
             self._ended.popitem(last=False)

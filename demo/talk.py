@@ -169,6 +169,19 @@ class Talk:
         if session:
             session.halt.set()
 
+    def arrive(self, former, language, request: gr.Request):
+        """A page was loaded. It may be `former` loaded again, by hand or since its connection was cut: then it goes on
+        with that one's conversation. Returns the setting of the conversation, too."""
+        try:
+            session = self.sessions.rename((request.username, former), _key(request)) if former else None
+        except Ended as ended:
+            session = self._tell_end(ended, language)
+        if session is None or session.setting is None:
+            return (gr.skip(),) * 7
+        session.halt.set()
+        with session.lock:  # what was said of a reply under way has become a part of the conversation
+            return *self._show(session, language, session.setting, gr.skip()), *session.setting
+
     def leave(self, request: gr.Request):
         """The page was closed."""
         self.sessions.leave(_key(request))
@@ -311,12 +324,11 @@ class Talk:
         try:
             return self.sessions.open(_key(request))
         except Ended as ended:
-            gr.Warning(
-                text(language, ended.reason, minutes=round(self.sessions.idle / 60)),
-                duration=None,
-                title=text(language, "note"),
-            )
-            return None
+            return self._tell_end(ended, language)
+
+    def _tell_end(self, ended, language) -> None:
+        words = text(language, ended.reason, minutes=round(self.sessions.idle / 60))
+        gr.Warning(words, duration=None, title=text(language, "note"))
 
     def _change(self, request, language, setting, act):
         """End a reply that is under way, let `act` change the session, show it."""

@@ -389,6 +389,16 @@ def test_a_closed_session_is_told_and_keeps_the_message(models, told, tmp_path):
     assert len(words(say(talk, "Why?", request=caller("one"))[-1][0])) == 2
 
 
+def test_a_page_loaded_again_is_shown_its_conversation_and_its_setting(talk, files):
+    last = say(talk, "What?", files[0], scan="uni")[-1]
+    model, prompt, _ = talk.models.default
+    messages, *_, shown_model, shown_prompt, shown_scan = talk.arrive("a page", "en", caller("again"))
+    assert messages == last[0] and (shown_model, shown_prompt, shown_scan) == (model, prompt, "uni")
+    assert len(words(say(talk, "Why?", request=caller("again"), scan="uni")[-1][0])) == 4
+    for former, request in (("", caller("new")), ("a page", caller("late")), ("again", caller("other", "berta"))):
+        assert talk.arrive(former, "en", request) == (gr.skip(),) * 7
+
+
 def test_models_are_those_of_the_operator(models, random_folder, tmp_path):
     assert models.labels == [random_folder.name, "embedded"]  # no path of the disk
     with pytest.raises(InputError, match="not offered"):

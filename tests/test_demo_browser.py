@@ -106,6 +106,17 @@ def toast(page):
     return page.locator("[data-testid=toast-text]").last.inner_text()
 
 
+def replies_go_on(page):
+    """Pick the model with random weights in the menu, and long replies."""
+    page.locator("#reading button").first.click()
+    page.locator("#model input").click()
+    page.locator("[role=option]", has_text="random").click()
+    page.locator("#sampling button").first.click()
+    longest = page.locator("#max_new_tokens input[type=number]")
+    longest.fill("1024")
+    longest.press("Tab")
+
+
 def test_a_conversation(open_page, server, vlm, drawn, tmp_path):
     page = open_page()
     chat = vlm.chat()
@@ -164,15 +175,8 @@ def test_a_conversation(open_page, server, vlm, drawn, tmp_path):
 
 
 def test_a_reply_grows_and_can_be_stopped(open_page, server, drawn):
-    """On the model with random weights, picked in the menu, whose replies go on and on."""
     page = open_page()
-    page.locator("#reading button").first.click()
-    page.locator("#model input").click()
-    page.locator("[role=option]", has_text="random").click()
-    page.locator("#sampling button").first.click()
-    longest = page.locator("#max_new_tokens input[type=number]")
-    longest.fill("1024")
-    longest.press("Tab")
+    replies_go_on(page)
     page.evaluate("""() => {
         window.grown = [];
         new MutationObserver(() => {
@@ -273,7 +277,49 @@ def test_pictures_are_dropped_and_pasted_anywhere(open_page, drawn):
         page.locator("#box .thumbnail-item").nth(number - 1).wait_for()
 
 
-@pytest.mark.parametrize("size", [(820, 700), (720, 375), (390, 844), (1280, 600)])
+def test_a_page_loaded_again_goes_on_with_its_conversation(open_page, server, drawn, monkeypatch):
+    """Gradio loads the page again where the connection was cut in the middle of a reply."""
+    monkeypatch.setattr(server.sessions, "grace", 600)
+    page = open_page()
+    replies_go_on(page)
+    attach(page, drawn[0])
+    page.locator("#box textarea").fill(DESCRIBE)
+    page.locator("#box textarea").press("Enter")
+    page.locator("#chat .bot-row").wait_for()
+    page.reload()
+    page.locator("#chat .bot-row").wait_for()
+    assert said(page, "user") == [DESCRIBE] and page.locator("#chat .user-row img").count() == 1
+    ask(page, COLOUR)
+    assert said(page, "user") == [DESCRIBE, COLOUR]
+    (chat,) = (s.branch.chat for s in server.sessions._live.values() if s.branch and s.branch.chat.nbytes)
+    assert [turn["text"] for turn in chat.transcript[::2]] == [DESCRIBE, COLOUR]
+    assert list(map(visible, said(page, "bot"))) == [visible(turn["text"]) for turn in chat.transcript[1::2]]
+    other = page.context.new_page()  # another page of the same browser has a conversation of its own
+    other.goto(server.url)
+    other.locator("#examples img").first.wait_for()
+    ask(other, COLOUR)
+    assert said(other, "user") == [COLOUR]
+    server.sessions.grace = 0.5
+
+
+def test_words_run_in_the_direction_of_their_script(open_page):
+    page = open_page()
+    ask(page, "What?\nמה זה?")
+    places = page.locator("#chat [data-testid=user]").evaluate("""(element) => {
+        const walker = document.createTreeWalker(element, NodeFilter.SHOW_TEXT);
+        while (!walker.nextNode().data.includes("?"));
+        const range = document.createRange(), text = walker.currentNode;
+        return [...text.data].map((_, index) => {
+            range.setStart(text, index);
+            range.setEnd(text, index + 1);
+            return range.getBoundingClientRect().x;
+        });
+    }""")
+    english, hebrew = places[:5], places[6:12]
+    assert english == sorted(english) and hebrew == sorted(hebrew, reverse=True)
+
+
+@pytest.mark.parametrize("size", [(820, 700), (720, 375), (390, 844), (320, 568), (1280, 600)])
 def test_nothing_lies_over_something_else(open_page, size):
     page = open_page("wide")
     page.set_viewport_size({"width": size[0], "height": size[1]})
@@ -286,6 +332,11 @@ def test_nothing_lies_over_something_else(open_page, size):
     assert sideways(page) <= 0
     if size[0] <= 820:
         assert page.locator("#figures .summary").bounding_box()["y"] == 0
+        places = [page.locator(name).bounding_box() for name in ("#figures .summary", "#brand h1")]
+        assert places[0]["height"] <= places[1]["y"]
+    wide = "element => element.scrollWidth - element.clientWidth"
+    for words in page.locator("#brand h1, #actions button, #keep button").all():
+        assert words.evaluate(wide) <= 0, words.inner_text()
 
 
 def test_a_closed_page_frees_its_session(open_page, server):

@@ -101,6 +101,24 @@ def test_a_closed_page_frees_its_session_unless_it_comes_back(sessions, spoken, 
     assert len(sessions) == 1 and not sessions.peek((None, "gone"))
 
 
+def test_a_page_that_is_loaded_again_goes_on_under_its_new_name(sessions, spoken, clock):
+    session = begin(sessions, ("anna", "before"), spoken)
+    sessions.leave(("anna", "before"))
+    clock.now = 9
+    assert sessions.rename(("anna", "before"), ("anna", "after")) is session
+    sessions.leave(("anna", "before"))  # the end of the old page may be noticed late
+    clock.now = 50
+    assert sessions.open(("anna", "after")) is session and sessions.peek(("anna", "before")) is None
+    assert sessions.rename(("berta", "after"), ("berta", "page")) is None and len(sessions) == 1
+    # what came too late is told
+    sessions.leave(("anna", "after"))
+    clock.now = 61
+    sessions.sweep()
+    with pytest.raises(Ended, match="left"):
+        sessions.rename(("anna", "after"), ("anna", "later"))
+    assert sessions.rename(("anna", "after"), ("anna", "later")) is None
+
+
 def test_the_store_watches_by_itself(tmp_path, spoken):
     sessions = Sessions(tmp_path, limit=8, idle=0.3, grace=0.1)
     begin(sessions, (None, "page"), spoken)
