@@ -7,6 +7,7 @@ that the app itself made in a folder of its own, which goes when the server stop
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -298,6 +299,7 @@ class Server:
         max_upload: int = 40,
         grace: float = 60,
     ):
+        _check_place(host, port)
         self.models = Models(models, device, dtype, quantize)
         self._outer = os.environ.get("GRADIO_TEMP_DIR")
         self._own = Path(tempfile.mkdtemp(prefix="visualrwkv-demo-", dir=self._outer))
@@ -308,7 +310,7 @@ class Server:
             self.page = build(talk)
             self.page.queue(api_open=False, max_size=queue, default_concurrency_limit=8)
             _, self.url, self.share_url = self.page.launch(
-                server_name=host,
+                server_name=f"[{host}]" if ":" in host else host,  # IPv6 as in an address
                 server_port=port,
                 share=share,
                 auth=list(auth) or None,
@@ -346,6 +348,17 @@ class Server:
         else:
             os.environ["GRADIO_TEMP_DIR"] = self._outer
         shutil.rmtree(self._own, ignore_errors=True)
+
+
+def _check_place(host: str, port: int | None) -> None:
+    """Raise InputError where nobody can listen, before any model is loaded; uvicorn would write into the log."""
+    try:
+        family = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0][0]
+        socket.create_server((host, port or 0), family=family).close()
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host
+        place = host if port is None else f"{host}, port {port}"
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{place}: {reason}; pass another --host or --port") from None
 
 
 def run(host: str = "127.0.0.1", share: bool = False, auth=(), **options) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -216,6 +217,22 @@ def test_a_login_can_be_asked_for(random_folder):
         server.close()
 
 
+def test_an_address_of_ipv6(random_folder):
+    import httpx
+
+    from visualrwkv.demo.app import Server
+
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("needs IPv6")
+    server = Server([str(random_folder)], host="::1")
+    try:
+        assert server.url.startswith("http://[::1]:") and httpx.get(server.url).status_code == 200
+    finally:
+        server.close()
+
+
 # The command.
 
 
@@ -227,6 +244,8 @@ def test_a_login_can_be_asked_for(random_folder):
         (["--sessions", "0"], "--sessions is 0"),
         (["--max-upload", "-1"], "--max-upload is -1"),
         (["--model", "nowhere/at all"], "nowhere/at all"),
+        (["--host", "203.0.113.5"], "203.0.113.5"),  # of nobody's machine
+        (["--host", "a..b"], "a..b"),
     ],
 )
 def test_wrong_calls_are_one_line(capsys, options, words):
