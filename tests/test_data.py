@@ -82,6 +82,9 @@ def test_a_key_that_is_there_twice_is_refused(recipe_file):
     recipe_file.write_text(RECIPE.replace("turns: [1, 1]", "turns: [1, 1], until: 1"))
     with pytest.raises(InputError, match="line 5: the key 'until' is there twice"):
         load_recipe(recipe_file)
+    recipe_file.write_text("steps: &steps [*steps]\n")
+    with pytest.raises(InputError, match="recipe.yaml: not valid YAML"):
+        load_recipe(recipe_file)
     recipe_file.write_text(RECIPE.replace("[1, 3]", "&few [1, 3]").replace("[1, 1]", "*few"))
     assert load_recipe(recipe_file).data.scenes.curriculum[0].turns == (1, 3)
 
