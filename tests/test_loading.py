@@ -56,6 +56,46 @@ def test_float16_is_computed_as_float32_on_the_cpu(random_folder, tmp_path):
     assert visualrwkv.load(tmp_path / "official.pth", device="cpu").model.dtype == torch.float32
 
 
+@pytest.mark.parametrize("version", [5, 6])
+def test_the_auto_class_starts_models_as_from_scratch_does(version, random_folder):
+    """Not with what the memory held before: fresh memory is filled with NaN here."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(random_folder)
+    config.text_config.version = version
+    torch.use_deterministic_algorithms(True)
+    try:
+        torch.manual_seed(3)
+        model = AutoModelForImageTextToText.from_config(config)
+        torch.manual_seed(3)
+        expected = visualrwkv.VisualRWKVForConditionalGeneration.from_scratch(config).state_dict()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, tensor in model.state_dict().items():
+        assert torch.isfinite(tensor).all() and torch.equal(tensor, expected[name]), name
+
+
+def test_tensors_that_a_folder_lacks_start_anew_for_the_auto_class(random_folder, tmp_path):
+    """`visualrwkv.load` refuses such a folder; transformers' way warns and makes up what is missing."""
+    from transformers import AutoModelForImageTextToText
+
+    shutil.copytree(random_folder, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    lost = ["rwkv.blocks.1.att.time_maa_k", "rwkv.blocks.2.att.key.weight", "rwkv.blocks.0.ln1.weight"]
+    kept = {name: tensor for name, tensor in tensors.items() if name not in lost}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    fresh = visualrwkv.VisualRWKVForConditionalGeneration.from_scratch(model.config).state_dict()
+    found = model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in kept.items())
+    assert all(torch.isfinite(found[name]).all() for name in lost)
+    assert all(torch.equal(found[name], fresh[name]) for name in (lost[0], lost[2]))
+
+
 def test_unusable_folders_are_named(random_folder, tmp_path):
     with pytest.raises(InputError, match="no config.json"):
         visualrwkv.load(tmp_path)

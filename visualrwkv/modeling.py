@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import PreTrainedModel
@@ -50,8 +51,8 @@ class VisualRWKVPreTrainedModel(PreTrainedModel):
     _is_stateful = True  # a recurrent state cannot be rolled back: generate refuses assisted decoding
 
     def _init_weights(self, module):
-        """Called by transformers for modules with missing weights. Strict loading (`checkpoints`) never gets here;
-        `from_scratch` starts whole models."""
+        """Called by transformers for each module. Tower and projector start when they are built, by their libraries,
+        the language model by `initialize_weights`."""
 
 
 class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, GenerationMixin):
@@ -68,9 +69,13 @@ class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, GenerationMi
     @classmethod
     def from_scratch(cls, config: VisualRWKVConfig) -> "VisualRWKVForConditionalGeneration":
         """A model to train: language model by the public RWKV-LM recipe, tower and projector by their libraries."""
-        model = cls(config)
-        model.rwkv.init_weights()
-        return model
+        return cls(config)
+
+    @initialization.guard_torch_init_functions()
+    def initialize_weights(self):
+        """Called by transformers for a new model, and behind loading, where the tensors that a file held stay."""
+        super().initialize_weights()
+        self.rwkv.init_weights()
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):

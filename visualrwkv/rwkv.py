@@ -9,6 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.initialization import copy_
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from visualrwkv import cuda_graphs, inference
@@ -111,8 +112,8 @@ class TimeMix(nn.Module):
         size = self.receptance.out_features
         channel = torch.arange(size) / max(1, size - 1)
         zigzag = (torch.arange(size) + 1) % 3 - 1
-        self.time_faaaa.copy_((depth * (1 - channel) + 0.1 * zigzag).view_as(self.time_faaaa))
-        self.time_decay.copy_((-6 + 5 * channel ** (0.7 + 1.3 * depth)).view_as(self.time_decay))
+        copy_(self.time_faaaa, (depth * (1 - channel) + 0.1 * zigzag).view_as(self.time_faaaa))
+        copy_(self.time_decay, (-6 + 5 * channel ** (0.7 + 1.3 * depth)).view_as(self.time_decay))
         for name, gain in (("receptance", 1.0), ("key", 0.1), ("value", 1.0), ("gate", 0.1)):
             nn.init.orthogonal_(getattr(self, name).weight, gain)
         nn.init.zeros_(self.output.weight)
@@ -158,7 +159,7 @@ class TimeMix6(TimeMix):
         depth = self.layer_id / max(1, self.num_layers - 1)
         for name in ("x", *self.MIXED):
             power, lift = 0.5 if name in "rg" else 1, 0.3 * depth if name == "v" else 0
-            getattr(self, f"time_maa_{name}").copy_(1 - self._mix_ratio(power) - lift)
+            copy_(getattr(self, f"time_maa_{name}"), 1 - self._mix_ratio(power) - lift)
         for name in ("time_maa", "time_decay"):
             nn.init.zeros_(getattr(self, f"{name}_w1"))
             nn.init.uniform_(getattr(self, f"{name}_w2"), -0.01, 0.01)
@@ -187,7 +188,7 @@ class TimeMix5(TimeMix):
         super().init_weights()
         lift = 0.3 * self.layer_id / max(1, self.num_layers - 1)
         for name, power, extra in (("k", 1, 0), ("v", 1, lift), ("r", 0.5, 0), ("g", 0.5, 0)):
-            getattr(self, f"time_mix_{name}").copy_(self._mix_ratio(power) + extra)
+            copy_(getattr(self, f"time_mix_{name}"), self._mix_ratio(power) + extra)
 
 
 class ChannelMix(nn.Module):
@@ -222,7 +223,7 @@ class ChannelMix(nn.Module):
         hidden = self.key.in_features
         ratio = (torch.arange(hidden) / hidden) ** (1 - self.layer_id / self.num_layers)
         for name in ("k", "r"):
-            getattr(self, self._ratio(name)).copy_(1 - ratio if self.version == 6 else ratio)
+            copy_(getattr(self, self._ratio(name)), 1 - ratio if self.version == 6 else ratio)
         nn.init.orthogonal_(self.key.weight, max(1.0, math.sqrt(self.key.out_features / hidden)))
         nn.init.zeros_(self.receptance.weight)
         nn.init.zeros_(self.value.weight)
