@@ -199,7 +199,8 @@ class RWKVWorldTokenizer(PythonBackend):
         vocab_file: vocabulary in the World format; the World vocabulary of the package `rwkv` by default.
         image_token_id: id of the image placeholder; 65535 beside the World vocabulary, otherwise the last id + 1.
 
-    `vocab_size` counts the tokens of the table; `len(tokenizer)` also the end and image tokens.
+    `vocab_size` counts the tokens of the table; `len(tokenizer)` the rows that an embedding needs, up to the highest id
+    (some below the World image token are free), as `model.resize_token_embeddings(len(tokenizer))` expects.
     """
 
     vocab_files_names = {"vocab_file": VOCAB_FILE}
@@ -235,6 +236,9 @@ class RWKVWorldTokenizer(PythonBackend):
     @property
     def vocab_size(self) -> int:
         return len(self.vocabulary.tokens)
+
+    def __len__(self) -> int:
+        return 1 + max(self.vocabulary.max_id, *self._added_tokens_decoder)
 
     def get_vocab(self) -> dict[str, int]:
         """Token text -> id; bytes that are not UTF-8 appear as surrogate escapes."""
