@@ -1,5 +1,6 @@
 """The processor: ids, labels, batches, chat messages, files, and the transformers pipeline."""
 
+import base64
 import logging
 
 import pytest
@@ -138,6 +139,27 @@ def test_chat_messages_go_through_the_prompt_builder(processor):
     chats = [chat, [question("Hi")]]
     assert processor.apply_chat_template(chats, **options)["input_ids"].shape[0] == 2
     assert len(processor.apply_chat_template(chats)) == 2
+
+
+def test_pictures_in_messages_as_transformers_writes_them(processor, tmp_path):
+    """Among them base64 without a header, and the empty fields that a table of messages has."""
+    RED.save(tmp_path / "red.png")
+    data = base64.b64encode((tmp_path / "red.png").read_bytes()).decode()
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    expected = processor.apply_chat_template([question("What?", RED)], **options)["pixel_values"]
+    for part in (
+        {"base64": data},
+        {"base64": f"data:image/png;base64,{data}"},
+        {"url": f"data:image/png;base64,{data}"},
+        {"image": str(tmp_path / "red.png")},
+        {"image": None, "path": str(tmp_path / "red.png"), "url": None, "text": None},
+    ):
+        content = [{"type": "image"} | part, {"type": "text", "text": "What?", "image": None}]
+        batch = processor.apply_chat_template([{"role": "user", "content": content}], **options)
+        assert torch.equal(batch["pixel_values"], expected), part
+    with pytest.raises(InputError, match="no such file|name too long") as caught:
+        processor.apply_chat_template([question("What?", data * 100)], **options)
+    assert len(str(caught.value)) < 300
 
 
 def test_a_reply_can_be_continued(processor):

@@ -49,7 +49,7 @@ def load_image(source: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if isinstance(source, np.ndarray):
         image = _from_array(source, max_pixels)
     elif isinstance(source, (str, os.PathLike)) and not str(source).startswith("data:"):
-        name = str(source)
+        name = str(source) if len(str(source)) < 1000 else f"{str(source)[:77]}..."  # base64 data, most likely
         image = _open(os.path.expanduser(source), name, max_pixels)
     elif isinstance(source, (str, bytes, bytearray, memoryview)):
         data = _from_data_uri(source) if isinstance(source, str) else bytes(source)

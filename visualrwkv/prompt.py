@@ -240,7 +240,11 @@ def turns_from_messages(messages: Sequence[Mapping]) -> tuple[list[Turn], list]:
                     raise InputError(f"message {number}: a part of type 'text' needs a string as its 'text'")
                 texts.append(part["text"])
             elif kind == "image":
-                images.append(next((part[key] for key in ("image", "path", "url", "base64") if key in part), None))
+                given = ((key, part[key]) for key in ("image", "path", "url", "base64") if part.get(key) is not None)
+                key, source = next(given, ("image", None))
+                if key == "base64" and not str(source).startswith("data:"):  # transformers writes it without a header
+                    source = f"data:image/png;base64,{source}"  # the picture itself says what it is
+                images.append(source)
             elif kind == "image_url" and part.get("image_url"):
                 source = part["image_url"]
                 images.append(source.get("url") if isinstance(source, Mapping) else source)
