@@ -226,7 +226,10 @@ def test_other_towers_go_back_under_open_clip_names(tmp_path, random_folder):
 
 def test_a_vocabulary_beside_the_file_is_used(tmp_path, random_folder):
     convert(random_folder, tmp_path / "model.pth")
+    message = refusal(visualrwkv.load, tmp_path / "model.pth")  # the World vocabulary would be read in its place
+    assert "model.pth: the model has 270 tokens" in message and "needs 65,536; put the rwkv_vocab.txt" in message
     shutil.copy(random_folder / "rwkv_vocab.txt", tmp_path)
+    assert visualrwkv.load(tmp_path / "model.pth").ask(None, "What is red?", max_new_tokens=4)
     model, processor = load_checkpoint(tmp_path / "model.pth", vision_heads=2)
     expected, _ = read_folder(random_folder)
     assert processor.tokenizer.image_token_id == model.config.image_token_id == expected.config.image_token_id
@@ -282,7 +285,8 @@ def test_files_that_are_no_checkpoints(tmp_path):
         assert f"{name}: not a readable checkpoint" in refusal(load_checkpoint, tmp_path / name), name
     assert "no such file" in refusal(load_checkpoint, tmp_path / "nothing.pth")
     assert "is a folder" in refusal(load_checkpoint, tmp_path)
-    assert "no dictionary of tensors" in refusal(load_checkpoint, write([1, 2], tmp_path / "list.pth"))
+    for number, other in enumerate(([1, 2], {"step": 3}, {7: torch.zeros(1)})):
+        assert "no dictionary of tensors" in refusal(load_checkpoint, write(other, tmp_path / f"{number}.pth"))
     other = write({"conv.weight": torch.zeros(1)}, tmp_path / "other.pth")
     assert "no VisualRWKV or RWKV checkpoint" in refusal(load_checkpoint, other)
 
@@ -296,11 +300,12 @@ def test_a_file_in_the_old_format_is_read(tmp_path):
 def test_a_safetensors_file_with_the_same_names(tmp_path, random_folder):
     from safetensors.torch import save_file
 
-    from visualrwkv.loading import find, load
+    from visualrwkv.loading import find
 
     path = tmp_path / "official.safetensors"
     save_file({name: tensor.clone() for name, tensor in official().items()}, path)
-    ours = load(path, dtype="float32").model
+    assert find(path) == path
+    ours = load_checkpoint(path, dtype="float32")[0]
     assert error(logits(ours), logits(load_checkpoint(golden_file("visualrwkv6.pth"), dtype=torch.float32)[0])) == 0
     assert "pass that folder" in refusal(find, random_folder / "model.safetensors")
 

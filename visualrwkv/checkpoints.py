@@ -133,11 +133,15 @@ def read_tensors(path) -> dict[str, Tensor]:
         raise InputError(
             f"{path}: not a readable checkpoint ({type(error).__name__}: {reason}); is it complete? Download it again"
         ) from error
-    if not isinstance(tensors, dict) or not tensors or not all(isinstance(x, Tensor) for x in tensors.values()):
+    if not isinstance(tensors, dict) or not tensors or not all(map(_is_named_tensor, tensors.items())):
         raise InputError(f"{path}: holds no dictionary of tensors; pass an official VisualRWKV or RWKV checkpoint")
     if any(tensor.dtype == torch.int8 for tensor in tensors.values()):
         raise InputError(f"{path}: holds int8 weights; pass the checkpoint that they were made of")
     return tensors
+
+
+def _is_named_tensor(item) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
 def tokenizer_beside(path, config: VisualRWKVTextConfig):

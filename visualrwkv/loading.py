@@ -59,9 +59,11 @@ def load(
         model, processor = checkpoints.load_checkpoint(
             path, device=target, dtype=None if number == "auto" else number, scan=scan, prompt=prompt
         )
+        _check_vocabulary(model, processor, path)
         return VisualRWKV(_quantized(_computable(model, number), quantize), processor)
     with quiet_transformers():
         model, processor = read_folder(path, "float32" if name is None and number == "auto" else number)
+    _check_vocabulary(model, processor, path)
     if scan is not None:
         _replace(model.config, "scan", scan)
     if prompt is not None:
@@ -219,6 +221,16 @@ def pick_dtype(dtype):
     if dtype in DTYPES:
         return getattr(torch, dtype)
     raise InputError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+
+
+def _check_vocabulary(model, processor, path):
+    """InputError where the tokenizer writes ids that the model does not have."""
+    rows, needed = model.config.text_config.vocab_size, len(processor.tokenizer)
+    if needed > rows:
+        raise InputError(
+            f"{path}: the model has {rows:,} tokens, but its tokenizer needs {needed:,}; put the rwkv_vocab.txt that "
+            "the model was trained with into the same folder"
+        )
 
 
 def _computable(model, number):
