@@ -8,6 +8,8 @@ from conftest import build_random_model
 from golden_data import error
 from transformers.generation.streamers import BaseStreamer
 
+from visualrwkv.errors import InputError
+
 TOLERANCE = 1e-4
 
 
@@ -140,6 +142,15 @@ def test_generate_continues_a_state(bi):
     mask = torch.ones_like(out.sequences)
     new = bi.generate(out.sequences[:, -1:], attention_mask=mask, cache=state, **options).sequences
     assert torch.equal(new[:, 1:], whole[:, -4:])
+
+
+def test_generate_refuses_a_state_that_has_read_more_than_is_passed(bi):
+    """transformers would read from some place in the middle: new ids need a mask over all, as above."""
+    ids, _ = row(bi, 0, lead=6)
+    state = bi(ids).cache
+    for passed in ({"input_ids": ids[:, -2:]}, {"input_ids": ids}, {"inputs_embeds": bi.rwkv.emb(ids[:, :3])}):
+        with pytest.raises(InputError, match="the state has read 6 positions, but only [236] were passed"):
+            bi.generate(**passed, cache=state.clone(), max_new_tokens=2)
 
 
 @pytest.mark.parametrize("images", [0, 1, 2])

@@ -1,5 +1,7 @@
 """The whole model against recorded numbers of the public code, and where ours deliberately differs."""
 
+import copy
+
 import pytest
 import torch
 from golden_data import PLACEHOLDER, error, golden_file, meta, tensors
@@ -337,6 +339,18 @@ def test_loss_is_a_mean_over_samples():
     assert losses[2] == 0
     labels[:] = -100
     assert per_sample_loss(logits.requires_grad_(), labels).sum().item() == 0
+
+
+def test_parts_of_the_model_may_have_different_dtypes(model):
+    """A frozen tower in half precision saves memory while the rest learns in float32; or only the projector is wide."""
+    ids, pixels = single(model, [1, PLACEHOLDER, 2]), tensors("visualrwkv6_io_grid-1")["images"][0]
+    with torch.no_grad():
+        expected = model(ids, pixel_values=pixels).logits
+        for wide in (["vit"], ["vit", "rwkv"], ["proj"]):
+            mixed = copy.deepcopy(model)
+            for part in wide:
+                mixed.get_submodule(part).double()
+            assert error(mixed(ids, pixel_values=pixels).logits.float(), expected) < 1e-3, wide
 
 
 def test_a_frozen_tower_stays_in_evaluation_mode(model):

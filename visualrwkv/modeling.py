@@ -114,7 +114,7 @@ class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, GenerationMi
         """(images, 3, S, S) -> pooled tower features (images, L, vision width), before the projector."""
         trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.vit.parameters())
         with torch.set_grad_enabled(trained):
-            features = self.vit(pixel_values.to(self.proj_dtype))
+            features = self.vit(pixel_values.to(next(self.vit.parameters()).dtype))
         features = pool_grid(features, self.config.vision_config.patch_grid, self.config.feature_grid)
         return features.roll(self.config.patch_offset, 1)
 
@@ -123,11 +123,7 @@ class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, GenerationMi
 
         The result may be kept and passed to `forward` or `generate` as `image_features` when a picture is shown again.
         """
-        return self.proj(self.encode_images(pixel_values))
-
-    @property
-    def proj_dtype(self) -> torch.dtype:
-        return next(self.proj.parameters()).dtype
+        return self.proj(self.encode_images(pixel_values).to(next(self.proj.parameters()).dtype))
 
     def embed(self, input_ids: Tensor, image_features: Tensor | None) -> tuple[Tensor, Tensor]:
         """Token embeddings with the image features in the placeholders' places.
@@ -244,6 +240,13 @@ class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, GenerationMi
         self, input_ids, inputs_embeds=None, image_features=None, is_first_iteration=False, **kwargs
     ):
         """Images are read with the prompt, and again only where there is no state (`use_cache=False`)."""
+        behind = kwargs.get("next_sequence_length")
+        if is_first_iteration and behind is not None and behind < 1:  # transformers would read some of them again
+            raise InputError(
+                f"the state has read {kwargs['cache'].get_seq_length()} positions, but only "
+                f"{input_ids.shape[1] if inputs_embeds is None else inputs_embeds.shape[1]} were passed; pass all that "
+                "it has read and at least one more, or new ids alone with an attention_mask for all"
+            )
         kwargs.pop("tokenizer", None)  # which transformers hands on where `stop_strings` need it
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
