@@ -195,7 +195,7 @@ def require_accelerate():
     from importlib.util import find_spec
 
     if find_spec("accelerate") is None:
-        raise InputError("training needs the package accelerate: pip install accelerate")
+        raise InputError("training needs the package accelerate: pip install 'visualrwkv[train]'")
 
 
 def write_versions(folder):
