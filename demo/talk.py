@@ -15,14 +15,13 @@ from visualrwkv import InputError
 from visualrwkv.demo import panel
 from visualrwkv.demo.examples import Example
 from visualrwkv.demo.models import Models
-from visualrwkv.demo.sessions import Branch, Ended, Session, Sessions
+from visualrwkv.demo.sessions import Ended, Session, Sessions
 from visualrwkv.demo.texts import text
-from visualrwkv.image_processing import load_image
+from visualrwkv.demo.view import messages, read_picture, save_reduced, tell, warn
 
 BRANCHES = "ABCD"
 REFRESH = 0.05  # seconds between two pictures of a growing reply
 REFRESH_PANEL = 0.5  # and of the figures meanwhile
-SHOWN_SIDE = 768  # pixels; the page shows the picture as the model was given it, reduced to this
 READY = {"submit_btn": True, "stop_btn": False}
 WRITING = {"submit_btn": False, "stop_btn": True}
 
@@ -89,7 +88,7 @@ class Talk:
         if session is None:
             yield self._show(None, language, setting, gr.skip())
         elif not session.lock.acquire(timeout=5):
-            _warn(language, text(language, "busy"))
+            warn(language, text(language, "busy"))
             yield (gr.skip(),) * 4
         else:
             self._writing.add(session)
@@ -113,19 +112,19 @@ class Talk:
                 raise InputError(text(language, "too_many_pictures", given=len(files), limit=self.limits.pictures))
             if session.setting != setting or session.branch is None:
                 session.restart(setting, self.models.get(*setting).chat())
-            pictures = [_picture(path) for path in files]
+            pictures = [read_picture(path) for path in files]
             # a box that stays ticked: it matters where a picture was shown before and none comes now
             again = look_again and not pictures and any(turn["images"] for turn in session.branch.chat.transcript)
             stream = session.branch.chat.stream(asked, pictures, look_again=again, **sampling)
-            shown = [_save_reduced(session, picture) for picture in pictures]
+            shown = [save_reduced(session, picture) for picture in pictures]
             sources = [session.keep(path) for path in files]
         except InputError as error:
-            _warn(language, error)
+            warn(language, error)
             yield self._show(session, language, setting, unsent)
             return
         branch, said, last, counted = session.branch, "", 0.0, 0.0
         box = gr.update(**WRITING) if "draft" in message else gr.update(value={"text": "", "files": []}, **WRITING)
-        yield _messages(branch, language, (asked, shown, "")), box, gr.skip(), gr.skip()
+        yield messages(branch, language, (asked, shown, "")), box, gr.skip(), gr.skip()
         turns = len(branch.chat.transcript)
         try:
             for piece in stream:
@@ -137,11 +136,11 @@ class Talk:
                     if last - counted >= REFRESH_PANEL:
                         counted, numbers = last, panel.figures(self.models.get(*setting), branch.chat)
                         figures = panel.html(numbers, language)
-                    yield _messages(branch, language, (asked, shown, said)), gr.skip(), figures, gr.skip()
+                    yield messages(branch, language, (asked, shown, said)), gr.skip(), figures, gr.skip()
         except InputError as error:
-            _warn(language, error)
+            warn(language, error)
         except RuntimeError as error:  # out of memory, for instance: the page goes on, the conversation is as before
-            _warn(language, text(language, "failed", reason=str(error).splitlines()[0]))
+            warn(language, text(language, "failed", reason=str(error).splitlines()[0]))
         finally:
             stream.close()
             answered = len(branch.chat.transcript) > turns
@@ -161,7 +160,7 @@ class Talk:
     def queued(self, language):
         """A word for whoever has to wait."""
         if len(self._writing) >= self.limits.replies:
-            _info(language, text(language, "waiting"))
+            tell(language, text(language, "waiting"))
 
     def stop(self, request: gr.Request):
         """End the reply that is being written; what was said stays."""
@@ -203,15 +202,15 @@ class Talk:
         if picked != before:
             try:
                 if not self.models.is_loaded(model):
-                    _info(language, text(language, "loading", model=html.escape(str(model))))
+                    tell(language, text(language, "loading", model=html.escape(str(model))))
                 self.models.get(*picked)
             except InputError as error:
-                _warn(language, error)
+                warn(language, error)
                 picked = before
         if picked == before:
             return *(gr.skip(),) * 4, *before
         if session and session.branches:
-            _info(language, text(language, "restarted"))
+            tell(language, text(language, "restarted"))
         shown = self._change(request, language, picked, lambda session: session.restart(picked))
         return *shown, *picked
 
@@ -245,7 +244,7 @@ class Talk:
                 raise InputError(text(language, "forks_full", limit=len(BRANCHES)))
             session.branches.append(session.branch.fork())
             session.current = len(session.branches) - 1
-            _info(language, text(language, "forked", name=BRANCHES[session.current]))
+            tell(language, text(language, "forked", name=BRANCHES[session.current]))
 
         return self._change(request, language, (model, prompt, scan), act)
 
@@ -266,7 +265,7 @@ class Talk:
         session.halt.set()
         with session.lock:
             if session.branch is None or not session.branch.chat.transcript:
-                _info(language, text(language, "nothing"))
+                tell(language, text(language, "nothing"))
                 return None
             path = session.file(time.strftime("visualrwkv-%Y%m%d-%H%M.safetensors"))
             session.branch.chat.save(path)
@@ -288,7 +287,7 @@ class Talk:
             setting[0] = found
             turns = len(chat.transcript) // 2
             session.branch.shown, session.branch.sources = [None] * turns, [None] * turns  # the file holds no pictures
-            _info(language, text(language, "loaded", turns=turns))
+            tell(language, text(language, "loaded", turns=turns))
 
         shown = self._change(request, language, setting[0], act)
         return *self._show(self.sessions.peek(_key(request)), language, setting[0], shown[1]), *setting[0]
@@ -339,7 +338,7 @@ class Talk:
                 try:
                     act(session)
                 except InputError as error:
-                    _warn(language, error)
+                    warn(language, error)
                 return self._show(session, language, setting, gr.update(**READY))
         return self._show(None, language, setting, gr.update(**READY))
 
@@ -347,18 +346,18 @@ class Talk:
         """Undo the last turn; returns its message, or None with a word about it where that cannot be done."""
         branch = session.branch
         if branch is None or not branch.chat.transcript:
-            _info(language, text(language, "nothing"))
+            tell(language, text(language, "nothing"))
             return None
         sources = branch.sources[-1]
         there = [path for path in sources or [] if Path(path).is_file()]
         lost = branch.chat.transcript[-2]["images"] if sources is None else len(sources) - len(there)
         if lost and pictures_needed:
-            _warn(language, text(language, "pictures_gone"))
+            warn(language, text(language, "pictures_gone"))
             return None
         try:
             asked, _ = branch.undo()
         except InputError:
-            _warn(language, text(language, "no_undo"))
+            warn(language, text(language, "no_undo"))
             return None
         return {"text": asked, "files": there, "draft": True}
 
@@ -371,7 +370,7 @@ class Talk:
         names = list(BRANCHES[: len(session.branches)]) if branch else []
         switch = gr.update(choices=names, value=names[session.current] if names else None, visible=len(names) > 1)
         numbers = panel.figures(vlm, branch.chat if branch else None)
-        return _messages(branch, language), box, panel.html(numbers, language), switch
+        return messages(branch, language), box, panel.html(numbers, language), switch
 
 
 def _key(request) -> tuple:
@@ -379,52 +378,3 @@ def _key(request) -> tuple:
     if not request.session_hash:
         raise gr.Error("The request names no session.")
     return request.username, request.session_hash
-
-
-def _info(language, message):
-    gr.Info(message, title=text(language, "note"))
-
-
-def _warn(language, message):
-    gr.Warning(html.escape(str(message)), title=text(language, "warning"))
-
-
-def _picture(path):
-    """Read an uploaded picture; errors name it as the user knows it."""
-    try:
-        return load_image(path)
-    except InputError as error:
-        raise InputError(str(error).replace(path, Path(path).name)) from None
-
-
-def _save_reduced(session, picture) -> str:
-    """A small copy for the page: upright RGB as the model is given it, without what a camera writes beside it."""
-    small = picture.copy()
-    small.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
-    path = session.file("picture.png" if max(picture.size) <= SHOWN_SIDE else "picture.jpg")
-    small.save(path, quality=90)
-    return str(path)
-
-
-def _messages(branch: Branch | None, language, pending=None) -> list[dict]:
-    """The conversation as the chatbot component shows it, with a turn that is still being answered."""
-    messages = []
-    if branch is not None:
-        shown = iter(branch.shown)
-        for turn in branch.chat.transcript:
-            pictures = next(shown) if turn["role"] == "user" else []
-            lost = pictures is None and turn["images"]
-            words = [text(language, "picture_not_saved")] if lost else []
-            messages.append(_message(turn["role"], pictures or [], *words, turn["text"]))
-    if pending is not None:
-        asked, pictures, said = pending
-        messages.append(_message("user", pictures, asked))
-        if said:
-            messages.append(_message("assistant", [], said))
-    return messages
-
-
-def _message(role, pictures, *words):
-    # the page takes words for HTML: escaped, they look as they were written
-    spoken = [{"type": "text", "text": html.escape(said, quote=False)} for said in words]
-    return {"role": role, "content": [{"path": path} for path in pictures] + spoken}
