@@ -1,7 +1,7 @@
 """`visualrwkv serve` under load: 32 clients at once, some of which are killed, against one client at a time.
 
     python -m bench.serve_load                 # two minutes of load; writes bench/results/serve_load.json
-    python -m bench.serve_load --seconds 10 --out /tmp/load.json
+    python -m bench.serve_load --seconds 10 --dtype bfloat16 --out /tmp/load.json
 
 The server is a process of its own with the embedded model. Every client asks about drawn scenes, one request after the
 other; every answer is compared with the one that `ask` gave alone. What counts as one request after another is the same
@@ -30,12 +30,12 @@ LIMIT = 3.0  # times the throughput of one after another
 BURST = 200  # requests at one moment, more than slots and queue hold
 
 
-def make_cases(count: int):
+def make_cases(count: int, dtype: str = "auto"):
     """(body of a request, the answer alone) for questions of all kinds about drawn scenes."""
     import visualrwkv
     from visualrwkv.scenes import draw, questions, sample_scene, scene_rng
 
-    vlm, cases = visualrwkv.load(), []
+    vlm, cases = visualrwkv.load(dtype=dtype), []
     for index in range(count):
         rng = scene_rng(1, "test", index)
         scene = sample_scene(rng, split="test")
@@ -169,9 +169,10 @@ def idle(address, seconds=30):
     return False
 
 
-def run(seconds: float, questions: int) -> dict:
-    cases = make_cases(questions)
+def run(seconds: float, questions: int, dtype: str) -> dict:
+    cases = make_cases(questions, dtype)
     command = [sys.executable, "-m", "visualrwkv.cli", "serve", "--port", "0", "--slots", "32", "--queue", "64"]
+    command += ["--dtype", dtype]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         port = int(re.search(r"http://127\.0\.0\.1:(\d+)", server.stderr.readline())[1])
@@ -196,6 +197,7 @@ def run(seconds: float, questions: int) -> dict:
     }
     return {
         "seconds": seconds,
+        "dtype": dtype,
         "clients": CLIENTS,
         "questions": questions,
         "answers": crowd.seen["right"],
@@ -218,9 +220,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=120, help="of load (default 120)")
     parser.add_argument("--questions", type=int, default=48, help="that clients choose among (default 48)")
+    parser.add_argument("--dtype", default="auto", help="of the server (default auto: that of the embedded model)")
     parser.add_argument("--out", type=Path, default=RESULTS / "serve_load.json")
     options = parser.parse_args()
-    results = run(options.seconds, options.questions)
+    results = run(options.seconds, options.questions, options.dtype)
     for name, value in results.items():
         print(f"{name:38} {value}")
     options.out.write_text(json.dumps(surroundings() | {"results": results}, indent=2) + "\n")

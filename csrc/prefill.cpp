@@ -25,7 +25,6 @@ namespace {
 
 constexpr int64_t PIECE_ROWS = 512;         // a piece's activations stay in the caches between two walks
 constexpr int64_t THREAD_ROWS = 8;          // fewer for each thread are left to the threads of the libraries
-constexpr int64_t CACHED_BYTES = 32 << 20;  // of weights that stay in the caches
 
 // Calls work(thread) on as many threads, or on fewer if there are no more, of which it sets the number; give_up() where one
 // of them fails, so that the others need not wait for it.
@@ -132,13 +131,11 @@ std::vector<Tensor> rwkv6_prefill(
   }
   // In a team, and by pieces, every thread reads all weights: with few rows for each the memory would be what they wait
   // for, unless the weights stay in the caches.
-  int64_t bytes = 0;
-  for (const Tensor& w : weights) bytes += w.nbytes();
   int threads = 1;
   const int64_t rows = mask.defined() ? mask.sum().item<int64_t>() : batch * time;
 #ifdef _OPENMP
   const int64_t wanted = at::get_num_threads();
-  if (!omp_in_parallel() && rows >= THREAD_ROWS * wanted * (bytes <= CACHED_BYTES ? 1 : wanted)) threads = wanted;
+  if (!omp_in_parallel() && rows >= THREAD_ROWS * wanted * (stay_in_caches(weights) ? 1 : wanted)) threads = wanted;
 #endif
   std::optional<Packing> packing = pack(batch, time, mask, source, threads, PIECE_ROWS);
   if (!packing) return {};

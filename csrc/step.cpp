@@ -14,6 +14,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #ifdef _OPENMP
@@ -35,6 +36,7 @@ using at::Tensor;
 const StepKernels& chosen_step_kernels() { return VISUALRWKV_CHOOSE(step_kernels()); }
 
 constexpr uintptr_t huge_page = 2 << 20;
+constexpr int64_t THREAD_SEQUENCES = 4;  // for fewer a thread would read the weights hardly faster than for one
 
 // Asks for huge pages from `begin` on, which is a multiple of theirs; for what is there already too, with `now`. Where
 // the system has none nothing happens.
@@ -82,6 +84,60 @@ Tensor state_memory(at::IntArrayRef sizes, const at::TensorOptions& options) {
   return fresh;
 }
 
+// Where the sequences from `first` on find theirs in the memory of a batch; E: of the activations.
+template <typename E>
+std::vector<LayerMemory> behind(const std::vector<LayerMemory>& memory, const Step& s, int64_t first) {
+  const int64_t shift = first * s.hidden, matrix = first * s.attention * (s.attention / s.heads);
+  std::vector<LayerMemory> found;
+  for (const LayerMemory& m : memory)
+    found.push_back(
+        {static_cast<const E*>(m.att_shift) + shift, static_cast<const E*>(m.ffn_shift) + shift, m.wkv + matrix,
+         static_cast<E*>(m.new_att_shift) + shift, static_cast<E*>(m.new_ffn_shift) + shift, m.new_wkv + matrix});
+  return found;
+}
+
+float* aligned(const Tensor& scratch) {
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(scratch.data_ptr()) + 63) / 64 * 64);
+}
+
+// Moves the sequences of a step, on a team of threads. Where each of them has several sequences, and the weights stay in
+// the caches, each reads all weights for its own sequences alone: nobody waits for anybody, whatever else takes the
+// processor away meanwhile. Else they share the rows of the weights.
+template <typename E>
+void move(Step s, const std::vector<LayerMemory>& memory, int threads, bool weights_stay) {
+  const StepKernels& kernels = chosen_step_kernels();
+  const auto run = std::is_same<E, float>::value ? kernels.step_f32 : kernels.step_bf16;
+  const bool by_sequences = weights_stay && s.batch >= THREAD_SEQUENCES * threads;
+  const Tensor scratch = at::empty({step_scratch(s, threads) + 16}, at::kFloat);
+  s.memory = memory.data();
+  s.scratch = aligned(scratch);
+  Barrier barrier;
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    {
+      const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+      if (by_sequences) {
+        const int64_t first = s.batch * thread / team, last = s.batch * (thread + 1) / team;
+        const std::vector<LayerMemory> own = behind<E>(memory, s, first);
+        Step part = s;
+        part.batch = last - first;
+        part.embeds = static_cast<const E*>(s.embeds) + first * s.hidden;
+        part.out = static_cast<E*>(s.out) + first * s.hidden;
+        part.memory = own.data();
+        part.scratch = s.scratch + step_scratch(s, 1) / s.batch * first;
+        Barrier alone;
+        run(part, alone, 0, 1);
+      } else {
+        run(s, barrier, thread, team);
+      }
+    }
+    return;
+  }
+#endif
+  run(s, barrier, 0, 1);
+}
+
 // embeds (B, D) before ln0; weights, scales: see `read_model`; state: att_shift (B, D), wkv (B, H, N, N) float32 and
 // ffn_shift (B, D) of each layer. Returns hidden (B, D) after ln_out, wkv (L, B, H, N, N) and the shifts (L, 2, B, D)
 // behind the token; nothing where the arguments are not of that kind.
@@ -122,24 +178,12 @@ std::vector<Tensor> rwkv6_step(
   s.embeds = embeds.data_ptr();
   s.out = hidden.data_ptr();
   s.weights = model.layers.data();
-  s.memory = memory.data();
   int threads = 1;
 #ifdef _OPENMP
   if (!omp_in_parallel()) threads = at::get_num_threads();
 #endif
-  const Tensor scratch = at::empty({step_scratch(s, threads) + 16}, embeds.options().dtype(at::kFloat));
-  s.scratch = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(scratch.data_ptr()) + 63) / 64 * 64);
-  const StepKernels& kernels = chosen_step_kernels();
-  const auto run = type == at::kFloat ? kernels.step_f32 : kernels.step_bf16;
-  Barrier barrier;
-#ifdef _OPENMP
-  if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-    run(s, barrier, omp_get_thread_num(), omp_get_num_threads());
-    return {hidden, wkv, shift};
-  }
-#endif
-  run(s, barrier, 0, 1);
+  const bool stay = stay_in_caches(weights);
+  type == at::kFloat ? move<float>(s, memory, threads, stay) : move<uint16_t>(s, memory, threads, stay);
   return {hidden, wkv, shift};
 }
 

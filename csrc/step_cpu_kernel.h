@@ -84,28 +84,38 @@ VISUALRWKV_INLINE void by_tiles(const E* w, int64_t columns, int64_t begin, int6
   for (; row < end; row++) body(row, std::integral_constant<int, 1>());
 }
 
+// out[n] += the sum of x[n].
+template <int R>
+VISUALRWKV_INLINE void add_up(float (&out)[R], const V (&x)[R]) {
+  if constexpr (R == 4)
+    add_sums(out, x);
+  else
+    for (int i = 0; i < R; i++) out[i] += sum<float>(x[i]);
+}
+
 // R rows times M sequences.
 template <typename E, int R, int M>
 VISUALRWKV_INLINE void product_tile(
     const E* __restrict__ w, const float* scale, int64_t columns, const float* __restrict__ x, int64_t x_stride,
     float* y, int64_t y_stride) {
-  V s[R][M] = {};
-  float tail[R][M] = {};
+  V s[M][R] = {};
+  float out[M][R] = {};
   int64_t n = 0;
   for (; n + W <= columns; n += W) {
     V k[R];
     for (int i = 0; i < R; i++) k[i] = load_as_float(w + i * columns + n);
     for (int m = 0; m < M; m++) {
       const V z = load(x + m * x_stride + n);
-      for (int i = 0; i < R; i++) s[i][m] += k[i] * z;
+      for (int i = 0; i < R; i++) s[m][i] += k[i] * z;
     }
   }
   for (; n < columns; n++)
     for (int i = 0; i < R; i++)
-      for (int m = 0; m < M; m++) tail[i][m] += as_float(w[i * columns + n]) * x[m * x_stride + n];
-  for (int i = 0; i < R; i++)
-    for (int m = 0; m < M; m++)
-      y[m * y_stride + i] = (sum<float>(s[i][m]) + tail[i][m]) * (scale ? scale[i] : 1.0f);
+      for (int m = 0; m < M; m++) out[m][i] += as_float(w[i * columns + n]) * x[m * x_stride + n];
+  for (int m = 0; m < M; m++) {
+    add_up(out[m], s[m]);
+    for (int i = 0; i < R; i++) y[m * y_stride + i] = scale ? out[m][i] * scale[i] : out[m][i];
+  }
 }
 
 #if VISUALRWKV_BYTES == 64 && (__GNUC__ >= 11 || __clang_major__ >= 14)
@@ -131,11 +141,11 @@ __attribute__((target("avx512bf16"))) void round_to_bf16(
 template <int R, int M>
 __attribute__((target("avx512bf16"))) void product_tile_bf16(
     const uint16_t* __restrict__ w, int64_t columns, const uint16_t* __restrict__ x, float* y, int64_t y_stride) {
-  V s[R][M];
+  V s[M][R];
 #pragma GCC unroll 4
-  for (int i = 0; i < R; i++)
+  for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-    for (int m = 0; m < M; m++) s[i][m] = V{};
+    for (int i = 0; i < R; i++) s[m][i] = V{};
   for (int64_t n = 0; n < columns; n += 2 * W) {
     const __mmask32 real = columns - n < 2 * W ? (1u << (columns - n)) - 1 : 0xffffffffu;
     __m512bh k[R];
@@ -145,13 +155,15 @@ __attribute__((target("avx512bf16"))) void product_tile_bf16(
     for (int m = 0; m < M; m++) {
       const __m512bh z = (__m512bh)_mm512_maskz_loadu_epi16(real, x + m * columns + n);
 #pragma GCC unroll 4
-      for (int i = 0; i < R; i++) s[i][m] = (V)_mm512_dpbf16_ps((__m512)s[i][m], k[i], z);
+      for (int i = 0; i < R; i++) s[m][i] = (V)_mm512_dpbf16_ps((__m512)s[m][i], k[i], z);
     }
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < R; i++)
-#pragma GCC unroll 4
-    for (int m = 0; m < M; m++) y[m * y_stride + i] = sum<float>(s[i][m]);
+  for (int m = 0; m < M; m++) {
+    float out[R] = {};
+    add_up(out, s[m]);
+    for (int i = 0; i < R; i++) y[m * y_stride + i] = out[i];
+  }
 }
 
 void product_bf16(

@@ -63,6 +63,13 @@ class Reader {
   size_t at_ = 0, scale_ = 0;
 };
 
+// Whether weights are few enough to stay in the caches, so that every thread may read them all.
+inline bool stay_in_caches(at::TensorList weights) {
+  int64_t bytes = 0;
+  for (const Tensor& w : weights) bytes += w.nbytes();
+  return bytes <= 32 << 20;
+}
+
 // A whole model; `layers` is empty where the tensors are not those of one.
 struct Model : Sizes {
   Norm ln0, ln_out;

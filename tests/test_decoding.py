@@ -68,7 +68,7 @@ def was_taken(model, batch=1):
 
 @needs_kernel
 @pytest.mark.parametrize(("head_size", "hidden", "inner"), [(64, 128, None), (32, 192, 640), (40, 120, 100)])
-@pytest.mark.parametrize("batch", [1, 2, 7, 16])
+@pytest.mark.parametrize("batch", [1, 2, 7, 16, 19, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_step_equals_the_modules(head_size, hidden, inner, batch, dtype):
     model = language_model(head_size, hidden, inner, dtype=dtype)

@@ -17,7 +17,8 @@ from visualrwkv.ops.linear import is_plain_linear
 from visualrwkv.scan import Order
 from visualrwkv.state import LayerState, RWKVState
 
-MAX_BATCH = 16  # sequences; beyond, PyTorch's matrix products read the weights as seldom and compute faster
+MAX_BATCH = 32  # sequences; beyond, PyTorch's matrix products read the weights as seldom and compute faster
+_MAX_PROJECTED = 16  # rows of one matrix, for which a library has less to prepare than for those of all layers
 
 _NORM = ("weight", "bias")
 _TIME_MIX = [f"time_maa_{name}" for name in ("x", "w", "k", "v", "r", "g", "w1", "w2")]
@@ -92,7 +93,7 @@ def project(linear: nn.Module, hidden: Tensor) -> Tensor:
     """`linear(hidden)` for hidden (B, T, D); by the kernel, without a copy of the weights, where that is faster."""
     rows = hidden.shape[0] * hidden.shape[1]
     if (
-        rows > MAX_BATCH
+        rows > _MAX_PROJECTED
         or not is_plain_linear(linear)
         or torch.is_grad_enabled()
         or torch.compiler.is_compiling()
