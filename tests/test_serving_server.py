@@ -7,9 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import httpx
-from test_serve import JSON, USER, refused, running, send, wait_until
+import pytest
+from test_serve import JSON, LIMITS, LONG, USER, open_stream, refused, replies_never_end, running, send, wait_until
 
 from visualrwkv.serving import app, server
 
@@ -124,3 +126,47 @@ def test_the_second_ctrl_c_ends_the_server_at_once_and_quietly(random_folder):
     _, rest = process.communicate(timeout=60)
     assert (process.returncode, rest) == (130, "")
     assert answer(slow)[0] == 503
+
+
+def test_replies_under_way_are_told_when_the_server_ends(vlm, monkeypatch, capfd):
+    monkeypatch.setattr(app, "SHUTDOWN_SECONDS", 3)
+    with replies_never_end(monkeypatch), running(vlm, slots=4, limits=LIMITS) as (service, address):
+        socks = [open_stream(address, LONG) for _ in range(4)]
+        wait_until(lambda: service.engine.load[0] == 4)
+    for sock in socks:
+        ends = b""
+        while data := sock.recv(65536):
+            ends = (ends + data)[-2000:]
+        assert b"the server is shutting down; try again later" in ends and b"data: [DONE]" in ends
+        sock.close()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_complete_after_the_end_of_the_engine_is_told(vlm, capfd, stream):
+    body = {"model": "tiny-random", "messages": [USER], "stream": stream}
+    with running(vlm, slots=4, limits=LIMITS) as (service, address):
+        service.engine.close()  # as the server does shortly before it cuts connections
+        answer = httpx.post(address + "/v1/chat/completions", json=body)
+    assert "the server is shutting down; try again later" in answer.text
+    assert answer.text.endswith("data: [DONE]\n\n") if stream else answer.status_code == 503
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_ctrl_c_ends_the_server(random_folder):
+    command = [sys.executable, "-m", "visualrwkv.cli", "serve", "--model", str(random_folder), "--port", "0"]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
+    line = process.stderr.readline()
+    address = re.search(r"http://127\.0\.0\.1:\d+", line)
+    assert address and line.startswith(random_folder.name), line
+    for _ in range(200):
+        try:
+            assert httpx.get(address[0] + "/health").json()["status"] == "ok"
+            break
+        except httpx.ConnectError:
+            time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert (process.returncode, rest) == (130, "")
