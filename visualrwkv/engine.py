@@ -217,7 +217,7 @@ class Progress(TrainerCallback):
                 last = newest_checkpoint(args.output_dir)
                 raise InputError(
                     f"step {state.global_step}: {name} is {logs[name]}, nothing can be learned from here on; lower the "
-                    f"rates of 'train' or raise 'warmup'"
+                    "rates of 'train' or raise 'warmup'"
                     + (f"; resume={last} goes on from the last checkpoint before it" if last else "")
                 )
         steps, now = state.global_step - self.last_step, time.perf_counter()

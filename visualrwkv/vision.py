@@ -31,7 +31,7 @@ class VisionTower(nn.Module):
         return patches if cls is None else torch.cat([patches, cls], 1)
 
     def fill_constants(self) -> None:
-        """Compute the buffers that no file holds: those that some towers (EVA, Swin) make when they are built.
+        """Compute the buffers that no file holds: those that some towers, such as EVA02, make when they are built.
 
         For a tower that was built on the meta device and then given its weights; in the weights' dtype.
         """
