@@ -43,6 +43,29 @@ Tensor onednn_linear(const Tensor& x, const Tensor& weight) {
   return values[0].toTensor();
 }
 
+// Whether products of bfloat16 are computed in float32: where visualrwkv/ops/wide.py does it, and for the same reason.
+bool slow_in_bfloat16() {
+  static const bool slow = [] {
+    if (instruction_set() == InstructionSet::avx2 || !at::Context::hasMKLDNN()) return true;
+    std::vector<c10::IValue> values;
+    c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_is_mkldnn_bf16_supported", "").callBoxed(&values);
+    return !values[0].toBool();
+  }();
+  return slow;
+}
+
+constexpr int64_t WIDENED = 1 << 18;  // weights that are widened together: a MiB, which stays in a cache
+
+// out = x weight^T in float32, of x and out in bfloat16 and of a weight of any type.
+void multiply_wide(const Tensor& out, const Tensor& x, const Tensor& weight) {
+  const Tensor wide = x.to(at::kFloat);
+  const int64_t rows = weight.size(0), step = std::max<int64_t>(1, WIDENED / weight.size(1));
+  for (int64_t begin = 0; begin < rows; begin += step) {
+    const int64_t count = std::min(step, rows - begin);
+    out.narrow(1, begin, count).copy_(at::linear(wide, weight.narrow(0, begin, count).to(at::kFloat)));
+  }
+}
+
 struct Run {
   int64_t begin, end;
   int64_t count() const { return end - begin; }
@@ -348,7 +371,13 @@ class Prefill {
 
   // x weight^T.
   static Tensor multiply(const Tensor& x, const Tensor& weight) {
-    return x.scalar_type() == at::kFloat && by_onednn() ? onednn_linear(x, weight) : at::linear(x, weight);
+    if (x.scalar_type() == at::kFloat && by_onednn()) return onednn_linear(x, weight);
+    if (x.scalar_type() == at::kBFloat16 && slow_in_bfloat16()) {
+      const Tensor out = at::empty({x.size(0), weight.size(0)}, x.options());
+      multiply_wide(out, x, weight);
+      return out;
+    }
+    return at::linear(x, weight);
   }
 
   Tensor multiply(const Tensor& x, const Matrix& w) const {
@@ -363,6 +392,8 @@ class Prefill {
     Tensor to = part(out, rows);
     if (x.scalar_type() == at::kFloat && by_onednn())
       to.copy_(onednn_linear(x, weight));
+    else if (x.scalar_type() == at::kBFloat16 && slow_in_bfloat16())
+      multiply_wide(to, x, weight);
     else
       at::mm_out(to, x, weight.t());
   }

@@ -14,6 +14,7 @@ def always(monkeypatch):
     """Small maps go by oneDNN too, on every processor that PyTorch has it for."""
     monkeypatch.setattr(module, "_MANY", 0)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(module, "slow_in_bfloat16", lambda: False)
     if not torch.backends.mkldnn.is_available():
         pytest.skip("PyTorch is built without oneDNN")
 

@@ -224,7 +224,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from test_prefill import assert_equal, both_ways, language_model, prefix, ragged
-for hidden, head_size, inner in ((128, 64, None), (90, 30, 70)):
+for hidden, head_size, inner in ((128, 64, None), (90, 30, 70), (640, 64, 900)):
     for dtype in (torch.float32, torch.bfloat16):
         model = language_model(head_size, hidden, inner, dtype=dtype)
         for mask in (None, ragged(3, 13)):

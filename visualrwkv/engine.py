@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from visualrwkv.errors import InputError
 from visualrwkv.loading import quiet_transformers
+from visualrwkv.ops.wide import slow_in_bfloat16
 from visualrwkv.recipe import save_recipe
 from visualrwkv.runs import (
     is_main_process,
@@ -47,6 +48,12 @@ class StageTrainer(Trainer):
         self.recipe, self.groups = recipe, groups
         self._loader = None
         self.skipped = {}  # name of a sample that could not be used -> why
+        self._narrow = recipe.precision == "bf16"
+        if self._narrow and self.args.device.type == "cpu" and slow_in_bfloat16():
+            self._narrow = False
+            if is_main_process():
+                reason = "this processor has no units for bfloat16 and is several times as fast in float32"
+                print(f"precision: {reason}, so the run computes in float32", file=sys.stderr)
 
     def get_train_dataloader(self):
         """The samples in the order of their numbers: shuffling and curriculum are in the dataset, and a resumed run
@@ -108,7 +115,7 @@ class StageTrainer(Trainer):
             group.update(kept, lr=of_recipe["initial_lr"] * share)
 
     def autocast_smart_context_manager(self, cache_enabled=True):
-        if self.recipe.precision == "bf16":
+        if self._narrow:
             return torch.autocast(self.args.device.type, torch.bfloat16, cache_enabled=cache_enabled)
         return contextlib.nullcontext()
 

@@ -132,7 +132,7 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.99)
     clip: float = 1.0  # largest norm of all gradients together; 0 does not clip
     freeze_layers: list[int] = field(default_factory=list)  # language layers that do not learn, counted from 0
-    precision: str = "fp32"  # "fp32" or "bf16" (autocast over float32 weights)
+    precision: str = "fp32"  # "fp32" or "bf16" (autocast over float32 weights, where the processor has units for it)
     gradient_checkpointing: bool = False
     compile: bool = False  # torch.compile the language layers: half a minute of waiting, then faster steps
     l2_wrap: bool = False  # pull the largest logit towards 0 as the public training code does

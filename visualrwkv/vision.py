@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from visualrwkv.configuration import VisualRWKVVisionConfig
 from visualrwkv.errors import InputError
 from visualrwkv.ops.linear import Linear
+from visualrwkv.ops.wide import WideProducts, slow_in_bfloat16
 
 
 class VisionTower(nn.Module):
@@ -27,7 +29,10 @@ class VisionTower(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(images, 3, S, S) -> (images, patches [+ 1], width): patches row by row, then the CLS feature if any."""
         # Convolutions are faster on pixels that lie together; the order of the values in memory is all that changes.
-        patches, cls = _features(self.visual, pixel_values.contiguous(memory_format=torch.channels_last))
+        pixels = pixel_values.contiguous(memory_format=torch.channels_last)
+        slow = pixels.is_cpu and pixels.dtype == torch.bfloat16 and slow_in_bfloat16()
+        with WideProducts() if slow and not torch.is_grad_enabled() else nullcontext():
+            patches, cls = _features(self.visual, pixels)
         return patches if cls is None else torch.cat([patches, cls], 1)
 
     def fill_constants(self) -> None:
