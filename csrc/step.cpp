@@ -25,6 +25,7 @@
 #endif
 
 #include "cpu_choice.h"
+#include "crowd.h"
 #include "step_cpu.h"
 #include "weights.h"
 
@@ -36,6 +37,7 @@ using at::Tensor;
 const StepKernels& chosen_step_kernels() { return VISUALRWKV_CHOOSE(step_kernels()); }
 
 constexpr uintptr_t huge_page = 2 << 20;
+Crowd crowd;
 constexpr int64_t THREAD_SEQUENCES = 4;  // for fewer a thread would read the weights hardly faster than for one
 
 // Asks for huge pages from `begin` on, which is a multiple of theirs; for what is there already too, with `now`. Where
@@ -102,18 +104,21 @@ float* aligned(const Tensor& scratch) {
 
 // Moves the sequences of a step, on a team of threads. Where each of them has several sequences, and the weights stay in
 // the caches, each reads all weights for its own sequences alone: nobody waits for anybody, whatever else takes the
-// processor away meanwhile. Else they share the rows of the weights.
+// processor away meanwhile. Else they share the rows of the weights, unless it is too crowded for that.
 template <typename E>
 void move(Step s, const std::vector<LayerMemory>& memory, int threads, bool weights_stay) {
   const StepKernels& kernels = chosen_step_kernels();
   const auto run = std::is_same<E, float>::value ? kernels.step_f32 : kernels.step_bf16;
   const bool by_sequences = weights_stay && s.batch >= THREAD_SEQUENCES * threads;
+  if (threads > 1 && !by_sequences && crowd.takes_one()) threads = 1;
   const Tensor scratch = at::empty({step_scratch(s, threads) + 16}, at::kFloat);
   s.memory = memory.data();
   s.scratch = aligned(scratch);
   Barrier barrier;
 #ifdef _OPENMP
   if (threads > 1) {
+    const auto begin = std::chrono::steady_clock::now();
+    std::atomic<int64_t> work{0};
 #pragma omp parallel num_threads(threads)
     {
       const int thread = omp_get_thread_num(), team = omp_get_num_threads();
@@ -129,9 +134,13 @@ void move(Step s, const std::vector<LayerMemory>& memory, int threads, bool weig
         Barrier alone;
         run(part, alone, 0, 1);
       } else {
+        work -= core_time();
         run(s, barrier, thread, team);
+        work += core_time();
       }
     }
+    const std::chrono::nanoseconds wall = std::chrono::steady_clock::now() - begin;
+    if (!by_sequences) crowd.took(wall.count(), work - barrier.waited());
     return;
   }
 #endif

@@ -1,9 +1,11 @@
 """The compiled step of decoding against the PyTorch modules, weights of eight bits, prompts read in pieces."""
 
+import ctypes
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -194,6 +196,46 @@ def test_where_the_kernel_does_not_apply_the_modules_do_the_work():
     mixed = language_model()
     mixed.blocks[0].ffn.key.bfloat16()
     assert not was_taken(mixed)
+
+
+@needs_kernel
+def test_one_thread_decodes_where_a_team_is_slower(tmp_path):
+    """The rule of csrc/crowd.h alone, with given times: what it is told by a crowded machine no test can rely on."""
+    (tmp_path / "crowd.cpp").write_text(
+        '#include "crowd.h"\nvisualrwkv::Crowd crowd;\nextern "C" bool takes_one() { return crowd.takes_one(); }\n'
+        'extern "C" void took(long long wall, long long work) { crowd.took(wall, work); }\n'
+        'extern "C" long long core_time() { return visualrwkv::core_time(); }\n'
+    )
+    command = [COMPILER, "-std=c++17", "-fPIC", "-shared", "-I", build.source_folder(), "-o", "crowd.so", "crowd.cpp"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    crowd = ctypes.CDLL(str(tmp_path / "crowd.so"))
+    crowd.takes_one.restype, crowd.core_time.restype = ctypes.c_bool, ctypes.c_longlong
+    crowd.took.argtypes = [ctypes.c_longlong, ctypes.c_longlong]
+
+    def calls_of_one_thread():
+        return next(count for count in range(1000) if not crowd.takes_one())
+
+    assert calls_of_one_thread() == 0
+    crowd.took(100, 190)  # nobody waited
+    crowd.took(100, 71)
+    assert calls_of_one_thread() == 0
+    lengths = []
+    for _ in range(5):  # one thread would have done it in half the time
+        crowd.took(100, 50)
+        lengths.append(calls_of_one_thread())
+    assert lengths == [4, 16, 64, 64, 64]  # asked for less and less often
+    for _ in range(6):
+        crowd.took(100, 190)
+        assert calls_of_one_thread() == 0
+    crowd.took(100, 50)
+    assert calls_of_one_thread() == 4  # forgotten
+
+    before = crowd.core_time()
+    time.sleep(0.2)
+    slept = crowd.core_time()
+    while crowd.core_time() < slept + 10**8:
+        pass
+    assert slept - before < 10**8  # asleep it has no core
 
 
 @needs_kernel
