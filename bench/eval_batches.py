@@ -3,9 +3,10 @@
     python -m bench.eval_batches               # about ten minutes; writes bench/results/eval_batches.json
     python -m bench.eval_batches --pictures 400 --rounds 1 --out /tmp/batches.json
 
-The command is timed as a user calls it, with the embedded model, in turns. Two parts of a run are timed by themselves:
-its start, which is the same command for a single question, and the reading of the pictures. A batch saves neither, so
-they limit what it can gain. The exit code is 1 if the answers differ or a batch gains less than it should.
+The command is timed as a user calls it, with the embedded model, in turns. Three parts of a run are timed by
+themselves: its start, which is the same command for a single question, the reading of the pictures, and the bare matrix
+products of the language model for all prompts, in large batches. A batch saves none of them, so they limit what it can
+gain. The exit code is 1 if the answers differ or a batch gains less than it should.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bench.real_size import RESULTS, surroundings
+from visualrwkv.prompt import SHORT_ANSWER, Turn
 
 BATCH = 32
 TIMES = 4.0  # as fast as one question at a time
@@ -57,6 +59,32 @@ def read_pictures(data: Path) -> tuple[float, int]:
     return time.perf_counter() - start, len(files)
 
 
+def multiply(data: Path, dtype: str) -> float:
+    """Seconds of the language model's matrix products for all prompts, of all layers but the last, which does less."""
+    import torch
+
+    from visualrwkv import load
+    from visualrwkv.ops.linear import linear
+
+    vlm = load(device="cpu", dtype=dtype)
+    asked = json.loads((data / "v2_OpenEnded_mscoco_val2014_questions.json").read_text())["questions"]
+    lengths = []
+    for question in asked:
+        turn = Turn("user", f"{question['question']}\n{SHORT_ANSWER}", 1)
+        lengths.append(len(vlm.processor.encode_turns([turn], open_reply=True)[0]))
+    rows = BATCH * round(statistics.mean(lengths))
+    weights = [weight for weight in vlm.model.rwkv.blocks[:-1].parameters() if weight.dim() == 2]
+    inputs = {size: torch.randn(rows, size).to(weights[0].dtype) for size in {weight.shape[1] for weight in weights}}
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(5):
+            start = time.perf_counter()
+            for weight in weights:
+                linear(inputs[weight.shape[1]], weight)
+            seconds.append(time.perf_counter() - start)
+    return min(seconds) * len(asked) / BATCH
+
+
 def run(folder: Path, pictures: int, rounds: int) -> dict:
     data, seconds, answers = folder / "data", {}, {}
     visualrwkv("scenes", data, "--format", "vqav2", "--pictures", pictures, "--seed", 2)
@@ -71,6 +99,7 @@ def run(folder: Path, pictures: int, rounds: int) -> dict:
     mean = {key: statistics.mean(values) for key, values in seconds.items()}
     results = {"questions": questions, "pictures": files, "rounds": rounds, "reading the pictures s": round(reading, 2)}
     for dtype in DTYPES:
+        products = multiply(data, dtype)
         start, one, batch = (mean[dtype, name] for name in ("start", "one", "batch"))
         differ = sum(answers[dtype, "batch"][id] != text for id, text in answers[dtype, "one"].items())
         results[dtype] = {
@@ -79,7 +108,9 @@ def run(folder: Path, pictures: int, rounds: int) -> dict:
             "times": round(one / batch, 2),
             "times, without the start": round((one - start) / (batch - start), 2),
             "start s": round(start, 2),
+            "bare matrix products s": round(products, 2),
             "times, if only start and pictures took time": round(one / (start + reading), 2),
+            "times, if only these and the products did": round(one / (start + reading + products), 2),
             "answers that differ": differ,
             "within limits": one >= TIMES * batch and not differ,
         }
