@@ -30,8 +30,9 @@ class VisionTower(nn.Module):
         """(images, 3, S, S) -> (images, patches [+ 1], width): patches row by row, then the CLS feature if any."""
         # Convolutions are faster on pixels that lie together; the order of the values in memory is all that changes.
         pixels = pixel_values.contiguous(memory_format=torch.channels_last)
-        slow = pixels.is_cpu and pixels.dtype == torch.bfloat16 and slow_in_bfloat16()
-        with WideProducts() if slow and not torch.is_grad_enabled() else nullcontext():
+        free = not (torch.compiler.is_compiling() or torch.is_grad_enabled())
+        wide = free and pixels.is_cpu and pixels.dtype == torch.bfloat16 and slow_in_bfloat16()
+        with WideProducts() if wide else nullcontext():
             patches, cls = _features(self.visual, pixels)
         return patches if cls is None else torch.cat([patches, cls], 1)
 

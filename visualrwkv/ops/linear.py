@@ -45,6 +45,7 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def _otherwise(x: Tensor, weight: Tensor) -> bool:
+    """Whether `_product` is faster than PyTorch's own way."""
     return (
         x.dtype == weight.dtype
         and x.dim() > 1
