@@ -110,6 +110,7 @@ void move(Step s, const std::vector<LayerMemory>& memory, int threads, bool weig
   const StepKernels& kernels = chosen_step_kernels();
   const auto run = std::is_same<E, float>::value ? kernels.step_f32 : kernels.step_bf16;
   const bool by_sequences = weights_stay && s.batch >= THREAD_SEQUENCES * threads;
+  s.shares = by_sequences ? 1 : threads;
   if (threads > 1 && !by_sequences && crowd.takes_one()) threads = 1;
   const Tensor scratch = at::empty({step_scratch(s, threads) + 16}, at::kFloat);
   s.memory = memory.data();

@@ -18,6 +18,7 @@ struct LayerMemory {
 
 struct Step : Sizes {
   int64_t batch, layers;
+  int64_t shares;  // in which the low-rank maps are summed up: not as many as there are threads now, which changes the sums
   float norm_eps, head_eps;
   const void* embeds;  // (B, D), before ln0
   void* out;           // (B, D), after ln_out
@@ -33,7 +34,7 @@ inline int64_t padded16(int64_t n) { return (n + 15) / 16 * 16; }
 inline int64_t step_scratch(const Step& s, int64_t threads) {
   const int64_t d = padded16(s.hidden), a = padded16(s.attention), own = 4 * d;
   const int64_t low = padded16(5 * s.mix_rank) + padded16(s.decay_rank);
-  return s.batch * (7 * d + 6 * a + padded16(s.inner) + threads * (own + 2 * low));
+  return s.batch * (7 * d + 6 * a + padded16(s.inner) + s.shares * low + threads * (own + low));
 }
 
 // The kernels of one instruction set. `step` is called by all threads of a team at once, `product` for some rows:

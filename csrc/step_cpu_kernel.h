@@ -314,7 +314,7 @@ void wkv_head(
   }
 }
 
-// Sum of the threads' shares of a low-rank map (`count` arrays, `stride` apart), then tanh.
+// Sum of the shares of a low-rank map (`count` arrays, `stride` apart), then tanh.
 void finish_low(float* out, const float* shares, int64_t stride, int count, int64_t size) {
   each(0, size, [&](int64_t n, auto lanes) {
     auto total = get(shares + n, lanes);
@@ -343,12 +343,12 @@ void step(const Step& s, Barrier& barrier, int thread, int threads) {
   float *const x = take(d), *const mixed = take(5 * d), *const gate_ffn = take(d);
   float *const r = take(a), *const k = take(a), *const v = take(a), *const g = take(a), *const w = take(a);
   float *const y = take(a), *const inner = take(f);
-  float *const shares = take(threads * l), *const decay_shares = take(threads * c);
+  float *const shares = take(s.shares * l), *const decay_shares = take(s.shares * c);
   // Of this thread alone.
   next += thread * B * (4 * d + l + c);
   float *const z = take(d), *const back = take(d), *const xk = take(d), *const xr = take(d);
   float *const low = take(l), *const decay_low = take(c);
-  const Range mine(D, thread, threads, 16), inputs(D, thread, threads, 16), my_heads(H, thread, threads, 1);
+  const Range mine(D, thread, threads, 16), my_heads(H, thread, threads, 1);
   const Range rows_a(A, thread, threads, 16), rows_f(F, thread, threads, 16);
 
   for (int64_t b = 0; b < B; b++) {
@@ -357,31 +357,34 @@ void step(const Step& s, Barrier& barrier, int thread, int threads) {
     normalise<E>(z, back, s.ln0, D, s.norm_eps);
     std::memcpy(x + b * d + mine.begin, z + mine.begin, sizeof(float) * (mine.end - mine.begin));
   }
-  fetch<E>(s.weights[0].maa_w1, 0, 1, inputs.begin * 5 * R, inputs.end * 5 * R);
+  fetch<E>(s.weights[0].maa_w1, 0, 1, mine.begin * 5 * R, mine.end * 5 * R);
   barrier.wait(threads);
 
   for (int64_t layer = 0; layer < s.layers; layer++) {
     const LayerWeights& p = s.weights[layer];
     const LayerMemory& m = s.memory[layer];
 
-    // Time-mix: this thread's share of the low-rank map of the token shift.
+    // Time-mix: this thread's shares of the low-rank map of the token shift.
     for (int64_t b = 0; b < B; b++) {
-      float *zb = z + b * d, *bb = back + b * d, *share = shares + (thread * B + b) * l;
+      float *zb = z + b * d, *bb = back + b * d;
       normalise<E>(zb, x + b * d, p.ln1, D, s.norm_eps);
       shift<E>(zb, bb, of<E>(m.att_shift) + b * D, static_cast<E*>(m.new_att_shift) + b * D, D, mine);
-      each(inputs.begin, inputs.end, [&](int64_t n, auto lanes) {
-        set(xk + n, get(zb + n, lanes) + get(bb + n, lanes) * get(of<E>(p.maa[0]) + n, lanes));
-      });
-      std::memset(share, 0, sizeof(float) * 5 * R);
-      add_rows(
-          share, of<E>(p.maa_w1) + inputs.begin * 5 * R, 5 * R, xk + inputs.begin, inputs.end - inputs.begin, 0, 5 * R);
+      for (int64_t i = thread; i < s.shares; i += threads) {
+        const Range part(D, i, s.shares, 16);
+        float* share = shares + (i * B + b) * l;
+        each(part.begin, part.end, [&](int64_t n, auto lanes) {
+          set(xk + n, get(zb + n, lanes) + get(bb + n, lanes) * get(of<E>(p.maa[0]) + n, lanes));
+        });
+        std::memset(share, 0, sizeof(float) * 5 * R);
+        add_rows(share, of<E>(p.maa_w1) + part.begin * 5 * R, 5 * R, xk + part.begin, part.end - part.begin, 0, 5 * R);
+      }
     }
     fetch<E>(p.maa_w2, D, 5 * R, mine.begin, mine.end);
     barrier.wait(threads);
 
     // The five mixed inputs, this thread's channels.
     for (int64_t b = 0; b < B; b++) {
-      finish_low(low, shares + b * l, B * l, threads, 5 * R);
+      finish_low(low, shares + b * l, B * l, s.shares, 5 * R);
       for (int64_t i = 0; i < 5; i++) {
         float* out = mixed + (i * B + b) * d;
         const E* ratio = of<E>(p.maa[1 + i]);
@@ -394,16 +397,17 @@ void step(const Step& s, Barrier& barrier, int thread, int threads) {
     }
     barrier.wait(threads);
 
-    // Receptance, key, value, gate; this thread's share of the low-rank map of the decay.
+    // Receptance, key, value, gate; this thread's shares of the low-rank map of the decay.
     const float *const mixed_w = mixed, *const mixed_k = mixed + B * d, *const mixed_v = mixed + 2 * B * d;
     const float *const mixed_r = mixed + 3 * B * d, *const mixed_g = mixed + 4 * B * d;
-    for (int64_t b = 0; b < B; b++) {
-      float* share = decay_shares + (thread * B + b) * c;
-      std::memset(share, 0, sizeof(float) * C);
-      add_rows(
-          share, of<E>(p.decay_w1) + inputs.begin * C, C, mixed_w + b * d + inputs.begin, inputs.end - inputs.begin, 0,
-          C);
-    }
+    for (int64_t b = 0; b < B; b++)
+      for (int64_t i = thread; i < s.shares; i += threads) {
+        const Range part(D, i, s.shares, 16);
+        float* share = decay_shares + (i * B + b) * c;
+        std::memset(share, 0, sizeof(float) * C);
+        add_rows(
+            share, of<E>(p.decay_w1) + part.begin * C, C, mixed_w + b * d + part.begin, part.end - part.begin, 0, C);
+      }
     product(p.receptance, mixed_r, d, B, r, a, rows_a.begin, rows_a.end);
     product(p.key, mixed_k, d, B, k, a, rows_a.begin, rows_a.end);
     product(p.value, mixed_v, d, B, v, a, rows_a.begin, rows_a.end);
@@ -416,7 +420,7 @@ void step(const Step& s, Barrier& barrier, int thread, int threads) {
     // The recurrence, the norm and the gate, this thread's heads.
     Ahead output(p.output, mine);
     for (int64_t b = 0; b < B && from < to; b++) {
-      finish_low(decay_low, decay_shares + b * c, B * c, threads, C);
+      finish_low(decay_low, decay_shares + b * c, B * c, s.shares, C);
       float *wb = w + b * a, *yb = y + b * a;
       each(from, to, [&](int64_t n, auto lanes) { set(wb + n, get(of<E>(p.decay) + n, lanes)); });
       add_rows(wb, of<E>(p.decay_w2), A, decay_low, C, from, to);
@@ -476,7 +480,7 @@ void step(const Step& s, Barrier& barrier, int thread, int threads) {
         set(x + b * d + n, get(x + b * d + n, lanes) + gate * get(mixed + b * d + n, lanes));
       });
     if (layer + 1 < s.layers)
-      fetch<E>(s.weights[layer + 1].maa_w1, 0, 1, inputs.begin * 5 * R, inputs.end * 5 * R);
+      fetch<E>(s.weights[layer + 1].maa_w1, 0, 1, mine.begin * 5 * R, mine.end * 5 * R);
     barrier.wait(threads);
   }
 

@@ -239,6 +239,45 @@ def test_one_thread_decodes_where_a_team_is_slower(tmp_path):
 
 
 @needs_kernel
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads as Linux shows them")
+def test_one_thread_writes_the_bits_of_a_team():
+    """What a crowded machine makes of a step. OpenMP gives a team of one here, although three are asked for."""
+    script = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from hashlib import sha256
+from test_decoding import language_model, prefix, steps
+torch.set_num_threads(1)
+models = [language_model(*sizes, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+          for sizes in ((64, 128, None), (30, 90, 70))]
+states = [(model, batch, prefix(model, batch)) for model in models for batch in (1, 3)]
+torch.set_num_threads(3)
+before = len(os.listdir("/proc/self/task"))
+for model, batch, state in states:
+    hidden, after = steps(model, state, True, torch.arange(3 * batch).view(batch, 3))
+    tensors = [hidden, *(tensor for layer in after.layers for tensor in layer)]
+    print(sha256(b"".join(tensor.float().numpy().tobytes() for tensor in tensors)).hexdigest())
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    path = os.pathsep.join([str(Path(visualrwkv.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    results = []
+    for limit in ({}, {"OMP_THREAD_LIMIT": "1"}):
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(Path(__file__).parent)],
+            capture_output=True,
+            text=True,
+            timeout=600,
+            env={**os.environ, "PYTHONPATH": path, **limit},
+        )
+        assert done.returncode == 0, done.stderr
+        results.append(done.stdout.split())
+    (*team, more), (*alone, none) = results
+    assert int(more) > 0 and int(none) == 0
+    assert team == alone and len(set(team)) == 8
+
+
+@needs_kernel
 def test_threads_may_change_between_tokens():
     model, tokens = language_model(), torch.randint(50, (2, 3))
     state, before, results = prefix(model, 2), torch.get_num_threads(), []
