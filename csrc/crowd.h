@@ -38,7 +38,7 @@ class Crowd {
   void took(int64_t wall, int64_t work) {
     const bool worse = 10 * work < 7 * wall;
     const int level = level_.load(std::memory_order_relaxed);
-    const int next = worse ? std::min(level + 2, 6) : std::max(level - 1, 0);
+    const int next = worse ? std::min(level + 2, 5) : std::max(level - 1, 0);
     level_.store(next, std::memory_order_relaxed);
     if (worse) alone_.store(1 << next, std::memory_order_relaxed);
   }

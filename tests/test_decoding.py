@@ -223,7 +223,7 @@ def test_one_thread_decodes_where_a_team_is_slower(tmp_path):
     for _ in range(5):  # one thread would have done it in half the time
         crowd.took(100, 50)
         lengths.append(calls_of_one_thread())
-    assert lengths == [4, 16, 64, 64, 64]  # asked for less and less often
+    assert lengths == [4, 16, 32, 32, 32]  # asked for less and less often
     for _ in range(6):
         crowd.took(100, 190)
         assert calls_of_one_thread() == 0
