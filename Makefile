@@ -24,7 +24,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/visualrwkv demo $(OPTIONS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

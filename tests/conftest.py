@@ -4,9 +4,11 @@ import os
 
 import pytest
 
-# Tests reach no network but their own loopback servers, and two test workers share a machine.
+# Tests reach no network but their own loopback servers.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, which waiting threads must not keep from the others
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.fixture(autouse=True)
