@@ -1,6 +1,7 @@
 """Shared by all tests: a tiny model with random weights, pictures, and a fixed seed."""
 
 import os
+import warnings
 
 import pytest
 
@@ -9,6 +10,16 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, which waiting threads must not keep from the others
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels():
+    """Built, where there is a compiler, before the first test: none shall need to wait for that minute."""
+    from visualrwkv.ops import build
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        build.load()
 
 
 @pytest.fixture(autouse=True)
