@@ -130,7 +130,8 @@ def score_files(bench, paths, protocol=None, require_complete=False, seed=0, eac
 
 
 def check_run(bench, paths):
-    """Settings of the run that wrote the files, {} if they are not ours; refuses those of another benchmark or run."""
+    """Settings of the run that wrote the files, where they are not ours those that were stated; refuses those of
+    another benchmark or run."""
     settings = run_of(paths)
     for path in paths:
         run = run_of([path])
@@ -145,7 +146,7 @@ def check_run(bench, paths):
                 "them with `visualrwkv report`"
             )
     shown = ("model", "prompt", "dtype", "quantize", "max_new_tokens", "blank_image", *bench.settings)
-    return {name: settings[name] for name in shown if settings.get(name) is not None}
+    return bench.stated | {name: settings[name] for name in shown if settings.get(name) is not None}
 
 
 def differing(known, settings, compared=COMPARED):

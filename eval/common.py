@@ -1,5 +1,6 @@
 """What all benchmarks share: questions, the official files and the LLaVA pack, and where things belong."""
 
+import csv
 import json
 from collections import Counter
 from contextlib import contextmanager
@@ -41,7 +42,8 @@ class Benchmark:
     """One benchmark over the files of a folder. Subclasses say where files are and how answers are judged.
 
     Args:
-        data: folder with the official files or the LLaVA pack.
+        data: folder with the official files or the LLaVA pack; or the root of VisualRWKV's evaluation folders, which
+            holds them in `eval/<folder>`.
         split: one of `splits`; by default the first whose questions are there.
         questions: question file in the LLaVA form, in place of the ones looked for.
         images: picture folder, in place of the ones looked for.
@@ -52,13 +54,16 @@ class Benchmark:
     title = ""
     # split -> names of its question file in the LLaVA form; the official files are `convert`'s to find
     splits: dict[str, tuple[str, ...]] = {}
-    folders: tuple[str, ...] = ("images", ".")  # where pictures are looked for under `data`
+    folder = ""  # its name under `eval/` in VisualRWKV's layout, where that is not the benchmark's
+    folders: tuple[str, ...] = ("images", ".")  # where pictures are looked for under `data`, and under the root
     protocols: dict[str, str] = {}  # name of a way to judge -> what it does; the first is the default
     settings: dict[str, tuple] = {}  # what may change the questions -> allowed values; the first is the default
     note = ""  # what a reader of the score should know
 
     def __init__(self, data, split=None, questions=None, images=None, **settings):
-        self.data = Path(data)
+        self.root = Path(data)
+        inner = self.root / "eval" / (self.folder or self.name)
+        self.data = inner if inner.is_dir() else self.root
         if not self.data.is_dir():
             raise InputError(f"{data}: no such folder; pass the folder that holds the files of {self.title}")
         if split is not None and split not in self.splits:
@@ -67,6 +72,7 @@ class Benchmark:
             if value not in self.settings.get(name, ()):
                 known = ", ".join(f"{key}: {values}" for key, values in self.settings.items()) or "none"
                 raise InputError(f"{self.name} does not know the setting {name}={value}; it has {known}")
+        self.stated = settings
         self.chosen = {name: values[0] for name, values in self.settings.items()} | settings
         self._questions = Path(questions) if questions else None
         self._images = Path(images) if images else None
@@ -128,7 +134,8 @@ class Benchmark:
 
     def picture(self, question):
         """Path (or bytes) of a question's picture."""
-        folders = [self._images] if self._images else [self.data / folder for folder in self.folders]
+        roots = dict.fromkeys((self.data, self.root))
+        folders = [self._images] if self._images else [root / folder for root in roots for folder in self.folders]
         found = next((path for folder in folders if (path := folder / question.image).is_file()), None)
         if found is None:
             places = ", ".join(str(folder / question.image) for folder in folders)
@@ -222,6 +229,6 @@ def understood(path, what):
         raise InputError(f"{path}: no such file; pass {what}") from None
     except KeyError as error:
         raise InputError(f"{path}: not {what}: it lacks {error}; pass the right file") from None
-    except (TypeError, AttributeError, IndexError, ValueError, OSError) as error:
+    except (TypeError, AttributeError, IndexError, ValueError, RecursionError, csv.Error, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: not {what}: {reason}; download it again or pass the right file") from None

@@ -51,9 +51,13 @@ class GQA(Benchmark):
     def gold(self, questions):
         path, records = self._records()
         with understood(path, "a question file of GQA with answers"):
-            for _, record in records:
-                _ = record["answer"], record["isBalanced"], record["groups"]["global"], _steps(record)
-                _ = record["types"]["structural"], record["types"]["semantic"], record["question"].split()
+            for id, record in records:
+                _ = record["isBalanced"], _steps(record), record["question"].split()
+                kinds = record["types"]["structural"], record["types"]["semantic"]
+                if not all(isinstance(text, str) for text in (record["answer"], *kinds)):
+                    raise ValueError(f"an answer or a type of {id} is no text")
+                if not isinstance(record["groups"]["global"], (str, type(None))):
+                    raise ValueError(f"the global group of {id} is no text")
             if not any(record["isBalanced"] for _, record in records):
                 raise ValueError("none of its questions is balanced, and the score is about those that are")
         return [record for _, record in records]

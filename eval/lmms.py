@@ -5,20 +5,21 @@
 lmms-eval's prompts and scores are its own: they do not reproduce the numbers of papers, `visualrwkv eval` does.
 """
 
+import torch
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from visualrwkv.errors import InputError
 from visualrwkv.eval.run import own_device
 from visualrwkv.loading import load
-from visualrwkv.prompt import MARKER
+from visualrwkv.prompt import MARKER, Turn
 
 _POSITIONS = {"middle": "sandwich", "sandwich": "sandwich", "first": "first", "last": "last"}
 _SINGLE_BEAM = (None, 1)
 
 
 class VisualRWKVForLmmsEval(lmms):
-    """Answers lmms-eval's "simple" requests: a context and the pictures of a document.
+    """Answers lmms-eval's "simple" requests, a context and the pictures of a document, and scores given answers.
 
     Args:
         checkpoint: as in `visualrwkv.load`; the embedded model by default.
@@ -88,8 +89,30 @@ class VisualRWKVForLmmsEval(lmms):
         return sampling
 
     def loglikelihood(self, requests):
-        """Not needed by the benchmarks of this project."""
-        raise NotImplementedError("VisualRWKV answers generate_until tasks; choose a task variant that generates")
+        """For each request (log-probability of its continuation as the whole reply, its end included; whether the model
+        would write just that)."""
+        results = []
+        for request in tqdm(requests, unit="question", disable=self.rank != 0):
+            context, continuation, to_visual, id, task, split = request.args
+            document = self.task_dict[task][split][id]
+            text = continuation if isinstance(continuation, str) else continuation(document)
+            shown = list(to_visual(document) or ())
+            turns = [Turn("user", context.replace(MARKER, ""), len(shown)), Turn("assistant", text)]
+            results.append(self._likelihood(turns, shown))
+        return results
+
+    @torch.inference_mode()
+    def _likelihood(self, turns, pictures):
+        processor, inputs = self.vlm.processor, {}
+        ids, labels = (torch.tensor(row) for row in processor.encode_turns(turns))
+        if pictures:
+            pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+            inputs["pixel_values"] = pixels.to(self.device)
+        logits = self.vlm.model(input_ids=ids[None].to(self.device), **inputs).logits[0]
+        places = (labels >= 0).nonzero()[:, 0]  # the reply's, each written by the scores of the position before it
+        scores = logits[(places - 1).to(self.device)].float().log_softmax(-1).cpu()
+        wanted = ids[places]
+        return float(scores.gather(1, wanted[:, None]).sum()), bool((scores.argmax(-1) == wanted).all())
 
     def generate_until_multi_round(self, requests):
         """Not needed by the benchmarks of this project."""

@@ -26,6 +26,7 @@ class MMBench(Benchmark):
 
     name = "mmbench"
     title = "MMBench"
+    folder = "mmbench"
     splits = {"dev": (), "test": ()}
     protocols = {"circular": "every rotation right, letters by VLMEvalKit's exact matching"}
     suffix = OPTION
@@ -73,10 +74,15 @@ class MMBench(Benchmark):
 
     def picture(self, question):
         """The bytes of a picture; a rotated row of the newer files names the row that has it."""
-        image = self._image(question.image)
-        if len(image) < 32 and image.isdigit():
-            image = self._image(self._offsets[int(image)])
-        return base64.b64decode(image)
+        with understood(self.source, f"a TSV file of MMBench with the picture of row {question.id}"):
+            image = self._image(question.image)
+            if 0 < len(image) < 32 and image.isdigit():
+                if int(image) not in self._offsets:
+                    raise ValueError(f"it is said to be in row {image}, which is not there")
+                image = self._image(self._offsets[int(image)])
+            if not image:
+                raise ValueError("the cell is empty")
+            return base64.b64decode(image)
 
     @cached_property
     def _offsets(self):
@@ -87,7 +93,7 @@ class MMBench(Benchmark):
             header = next(csv.reader(io.StringIO(file.readline().decode("utf-8-sig")), delimiter="\t"))
             file.seek(offset)
             row = next(csv.reader(_Lines(file), delimiter="\t"))
-            return row[header.index("image")]
+            return dict(zip(header, row, strict=True))["image"]
 
     def gold(self, questions):
         rows = [row for _, row in self._rows()]
@@ -95,6 +101,8 @@ class MMBench(Benchmark):
             for row in rows:
                 if row["answer"] not in LETTERS or not row["answer"]:
                     raise ValueError(f"the answer of {row['index']} is {row['answer']!r}; export the test split")
+            if all(int(row["index"]) >= ROTATION for row in rows):
+                raise ValueError("all of its questions are rotations of others")
         return rows
 
     def judge(self, questions, gold, answers, protocol, seed=0):

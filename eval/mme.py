@@ -2,12 +2,12 @@
 
 import re
 from collections import defaultdict
+from contextlib import suppress
 
 import numpy as np
 
 from visualrwkv.errors import InputError
 from visualrwkv.eval.common import SHORT, Benchmark, Question, understood, write_text
-from visualrwkv.eval.normalise import spaces
 from visualrwkv.eval.scores import Scores, bootstrap, ratio
 
 PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()
@@ -37,6 +37,7 @@ class MME(Benchmark):
 
     name = "mme"
     title = "MME"
+    folder = "MME"
     splits = {"test": ("llava_mme.jsonl", "questions.jsonl")}
     folders = (_ROOT, "images", ".")
     protocols = {"paper": "official calculation tool", "lmms-eval": "stripped, without full stops, y and n count"}
@@ -81,7 +82,9 @@ class MME(Benchmark):
         try:
             return super().picture(question)
         except InputError:
-            return super().picture(inner)
+            with suppress(InputError):
+                return super().picture(inner)
+            raise
 
     def gold(self, questions):
         labels = [label for *_, label in self._records()]
@@ -128,7 +131,8 @@ class MME(Benchmark):
         """A folder of files for the official tool; a missing answer is empty, which it counts as wrong."""
         texts = {category: "" for category in CATEGORIES}
         for (category, file, _, question, label), answer in zip(self._records(), answers, strict=True):
-            texts[category] += "\t".join((file, question, label, spaces(answer or ""))) + "\n"
+            # one line each, whatever the tool takes for the end of one
+            texts[category] += "\t".join((file, question, label, " ".join((answer or "").split()))) + "\n"
         for category, text in texts.items():
             if text:
                 write_text(f"{out}/{category}.txt", text)

@@ -9,6 +9,7 @@ class MMVet(Benchmark):
 
     name = "mmvet"
     title = "MM-Vet"
+    folder = "mm-vet"
     splits = {"test": ("llava-mm-vet.jsonl", "questions.jsonl")}
     folders = ("images", "mm-vet/images", ".")
 

@@ -6,6 +6,7 @@ complete line of a key counts. Files of other tools in the LLaVA form are read a
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def read_records(path):
             for number, line in enumerate(file, 1):
                 try:
                     record = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     continue
                 if isinstance(record, dict) and isinstance(record.get("text"), str):
                     id = record_id(record)
@@ -39,8 +40,11 @@ def record_id(record):
 
 
 def shard_files(folder):
-    """What `visualrwkv eval` wrote into a folder: `<n>_<k>.jsonl` for shard k of n."""
-    return sorted(path for path in folder.glob("*.jsonl") if re.fullmatch(r"\d+_\d+\.jsonl", path.name))
+    """The predictions of a run folder: `<n>_<k>.jsonl`, which `visualrwkv eval` wrote for shard k of n, behind
+    `merge.jsonl`, into which VisualRWKV's scripts join them."""
+    files = {path: re.fullmatch(r"(\d+)_(\d+)\.jsonl", path.name) for path in sorted(folder.glob("*.jsonl"))}
+    shards = sorted((int(name[1]), int(name[2]), path) for path, name in files.items() if name)
+    return [*filter(lambda path: path.name == "merge.jsonl", files), *(path for *_, path in shards)]
 
 
 def prediction_files(paths):
@@ -74,7 +78,7 @@ def join(bench, questions, paths, nothing_is_fine=False):
     """Find the prediction of every question.
 
     Where an id occurs more than once (TextVQA, MME) a record belongs to the question whose words its prompt holds.
-    Without a prompt, or where two ask the same, its number tells, or else the order of the file.
+    Without a prompt, or where two ask the same, its number tells, or else the order of the records.
 
     Args:
         bench: the benchmark.
@@ -89,8 +93,8 @@ def join(bench, questions, paths, nothing_is_fine=False):
     for position, question in enumerate(questions):
         slots.setdefault(bench.key(question.id), []).append(position)
     result = Predictions([None] * len(questions))
+    untold: Counter = Counter()  # records that may belong to several questions, by the places of these
     for path in prediction_files(paths):
-        turn: dict[str, int] = {}  # records without any hint, by id
         for number, id, record in read_records(path):
             key = bench.key(id)
             places = slots.get(key)
@@ -105,10 +109,12 @@ def join(bench, questions, paths, nothing_is_fine=False):
                     f"{bench.title} asks under this id ({first_line(questions[places[0]])!r}); pass the predictions of "
                     f"{bench.name}, split {bench.split}"
                 )
-            place = fitting[0] if len(places) == 1 else _place(record, [(at, questions[at]) for at in fitting])
-            if place is None:
-                place = places[turn.get(key, 0) % len(places)]
-                turn[key] = turn.get(key, 0) + 1
+            if len(places) > 1:
+                fitting = _likeliest(record, {at: questions[at] for at in fitting})
+            place = fitting[0]
+            if len(fitting) > 1:
+                place = fitting[untold[tuple(fitting)] % len(fitting)]
+                untold[tuple(fitting)] += 1
             if not record.get("prompt") and record["text"] == questions[place].text:
                 raise InputError(
                     f"{path}, line {number}: id {id!r} has the question as its text; pass predictions, not the "
@@ -125,8 +131,8 @@ def join(bench, questions, paths, nothing_is_fine=False):
     return result
 
 
-def _place(record, candidates):
-    """Position of the question that a record with a repeated id answers; None if it does not tell.
+def _likeliest(record, candidates):
+    """Positions of the questions that a record with a repeated id may answer.
 
     The candidates are the questions that its prompt may hold. Numbers count in the order of one question file, so of
     another one the words tell, and of a question that is a part of another one the longer.
@@ -134,10 +140,9 @@ def _place(record, candidates):
     metadata = record.get("metadata")
     number = metadata.get("number") if isinstance(metadata, dict) else None
     if record.get("prompt"):
-        longest = max(len(first_line(question)) for _, question in candidates)
-        candidates = [(at, question) for at, question in candidates if len(first_line(question)) == longest]
-        return next((at for at, question in candidates if question.number == number), candidates[0][0])
-    return next((at for at, question in candidates if question.number == number), None)
+        longest = max(len(first_line(question)) for question in candidates.values())
+        candidates = {at: question for at, question in candidates.items() if len(first_line(question)) == longest}
+    return [at for at, question in candidates.items() if question.number == number] or list(candidates)
 
 
 def first_line(question):

@@ -8,6 +8,7 @@ import base64
 import io
 import sys
 from collections import Counter
+from contextlib import suppress
 from datetime import date
 from html import escape
 from pathlib import Path
@@ -16,6 +17,7 @@ from visualrwkv.errors import InputError
 from visualrwkv.eval import benchmark
 from visualrwkv.eval.commands import RUN_FILE, read_run, score_files
 from visualrwkv.eval.common import LETTERS, write_text
+from visualrwkv.eval.predictions import join
 from visualrwkv.eval.published import SPLITS, published
 
 SHOWN = 40  # differing questions a benchmark; their pictures are what makes the page large
@@ -72,12 +74,17 @@ def open_run(path, data=None):
         )
     places = {"questions": settings.get("question_file"), "images": settings.get("images")}
     bench = benchmark(settings["benchmark"], data, split=settings.get("split"), **places, **chosen)
-    run = {"name": str(path), "settings": settings, "bench": bench, "result": None, "reason": None}
+    run = {"name": str(path), "settings": settings, "bench": bench, "result": None, "reason": None, "each": []}
     try:
         run["result"] = score_files(bench, [path], each=True)
+        run["each"] = run["result"]["each"]
     except InputError as error:
         print(f"{path}: not scored: {error}", file=sys.stderr)
         run["reason"] = str(error)
+        with suppress(InputError):  # what was said can be compared all the same
+            questions = bench.questions()
+            answers = join(bench, questions, [path]).answers
+            run["each"] = [(question, None, answer, None) for question, answer in zip(questions, answers, strict=True)]
     return run
 
 
@@ -95,11 +102,12 @@ def section(runs):
     """All about one benchmark."""
     bench = runs[0]["bench"]
     scored = [run for run in runs if run["result"]]
+    compared = [run for run in runs if run["each"]]
     note = f'<p class="soft">{escape(bench.note)}</p>' if bench.note else ""
     parts = [f"<h2>{escape(bench.title)} <small>{escape(bench.split)}</small></h2>{note}", score_table(runs)]
     parts += [breakdown_table(title, scored) for title in (scored[0]["result"]["breakdown"] if scored else ())]
-    if len(scored) > 1:
-        parts.append(differences(scored))
+    if len(compared) > 1:
+        parts.append(differences(compared))
     return "\n".join([*parts, published_table(bench.name)])
 
 
@@ -164,23 +172,24 @@ def differences(runs):
     bench = runs[0]["bench"]
     entries = {}
     for number, run in enumerate(runs):
-        for question, gold, answer, point in run["result"]["each"]:
-            if point is not None:
+        for question, gold, answer, point in run["each"]:
+            if point is not None or not run["result"]:
                 key = bench.key(question.id), question.number
                 entries.setdefault(key, (question, gold, {}))[2][number] = answer, point
     shared = [entry for entry in entries.values() if len(entry[2]) == len(runs)]
     differing = [entry for entry in shared if len({answer for answer, _ in entry[2].values()}) > 1]
     differing.sort(key=lambda entry: -_spread(entry))
-    matter = sum(_spread(entry) > 0 for entry in differing)
+    scored = any(run["result"] for run in runs)
+    matter = f", {sum(_spread(entry) > 0 for entry in differing)} with different scores" if scored else ""
     cards = "".join(card(bench, runs, *entry) for entry in differing[:SHOWN])
     shown = f"; the first {SHOWN}" if len(differing) > SHOWN else ""
-    head = f"Questions answered differently: {len(differing)}, {matter} with different scores{shown}"
+    head = f"Questions answered differently: {len(differing)}{matter}{shown}"
     return f'<h3>{head}</h3><div class="cards">{cards}</div>'
 
 
 def _spread(entry):
-    points = [point for _, point in entry[2].values()]
-    return max(points) - min(points)
+    points = [point for _, point in entry[2].values() if point is not None]
+    return max(points, default=0) - min(points, default=0)
 
 
 def card(bench, runs, question, gold, answers):
@@ -189,14 +198,14 @@ def card(bench, runs, question, gold, answers):
     for number, run in enumerate(runs):
         answer, point = answers[number]
         text = "<em>no prediction</em>" if answer is None else escape(answer) or "<em>empty</em>"
-        kind = "right" if point >= 0.5 else "wrong"
-        lines.append(
-            f'<p><small>{escape(run["name"])}, {100 * point:.0f}</small><br><span class="{kind}">{text}</span></p>'
-        )
+        kind = "" if point is None else "right" if point >= 0.5 else "wrong"
+        name = run["name"] if point is None else f"{run['name']}, {100 * point:.0f}"
+        lines.append(f'<p><small>{escape(name)}</small><br><span class="{kind}">{text}</span></p>')
     text = escape(question.turn().text.strip())
+    head = str(question.id) if gold is None else f"{question.id}: {reference(gold)}"
     return (
         f"<article>{thumbnail(bench, question)}<p>{text}</p>"
-        f'<p class="soft">{escape(str(question.id))}: {escape(reference(gold))}</p>{"".join(lines)}</article>'
+        f'<p class="soft">{escape(head)}</p>{"".join(lines)}</article>'
     )
 
 

@@ -44,7 +44,7 @@ def evaluate(arguments):
     with exclusive(out / f"{shards}_{shard}.jsonl") as file:
         # also where all is answered: who runs the command for a changed model must not take its old answers for new
         vlm = load_model(arguments)
-        settings |= describe_model(vlm)
+        settings |= describe_model(vlm, arguments.blank_image)
         check_settings(out, settings, arguments.force)
         answers = earlier(bench, questions, out)
         todo = [questions[index] for index in own if answers[index] is None]
@@ -316,27 +316,29 @@ def describe(arguments, bench, questions):
     for question in questions:
         digest.update(json.dumps([question.id, question.text, question.image]).encode() + b"\n")
     model = str(arguments.model) if arguments.model else "embedded"
-    blank = {"yes": True, "no": False, "auto": model.endswith(".pth")}[arguments.blank_image]
     return {
         "benchmark": bench.name,
         "split": bench.split,
         "model": model,
         "quantize": arguments.quantize,
         "max_new_tokens": arguments.max_new_tokens,
-        "blank_image": blank,
         **bench.chosen,
         "questions": len(questions),
         "questions_sha256": digest.hexdigest(),
-        "data": str(bench.data.resolve()),
+        "data": str(bench.root.resolve()),
         "images": arguments.images and str(Path(arguments.images).resolve()),
         "question_file": arguments.questions and str(Path(arguments.questions).resolve()),
     }
 
 
-def describe_model(vlm):
+def describe_model(vlm, blank_image):
     """The part of the settings that only the loaded model knows."""
-    dtype = str(vlm.model.dtype).removeprefix("torch.")
-    return {"fingerprint": vlm.fingerprint(), "dtype": dtype, "prompt": vlm.processor.prompt}
+    return {
+        "fingerprint": vlm.fingerprint(),
+        "dtype": str(vlm.model.dtype).removeprefix("torch."),
+        "prompt": vlm.processor.prompt,
+        "blank_image": {"yes": True, "no": False, "auto": vlm.model.config.blank_image}[blank_image],
+    }
 
 
 def check_settings(out, settings, force):

@@ -1,6 +1,7 @@
 """ScienceQA: multiple-choice school problems, about half of them with a picture."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 
@@ -80,11 +81,15 @@ class ScienceQA(Benchmark):
                 yield Question(id, text, f"{id}/{problem['image']}" if problem["image"] else None)
 
     def gold(self, questions):
-        problems = [problem for _, problem in self._problems()]
+        problems = self._problems()
         with understood(self.data / "problems.json", "ScienceQA's problems.json with answers"):
-            for problem in problems:
-                _ = LETTERS[problem["answer"]], problem["subject"], problem["grade"], problem["topic"]
-        return problems
+            for id, problem in problems:
+                if problem["answer"] not in range(min(len(problem["choices"]), len(LETTERS))):
+                    raise ValueError(f"the answer of {id} is {problem['answer']!r}, which is none of its choices")
+                for name in ("subject", "grade", "topic"):
+                    if not isinstance(problem[name], str):
+                        raise ValueError(f"the {name} of {id} is {problem[name]!r}, not a text")
+        return [problem for _, problem in problems]
 
     def letters(self, gold, answers, protocol="paper"):
         """The letter of each answer, None where it is missing or unclear."""
@@ -109,16 +114,25 @@ class ScienceQA(Benchmark):
         return scores
 
     def export(self, questions, answers, out):
-        """The result file that the official breakdown tool reads; unclear is -1."""
+        """The result file that the official breakdown tool reads, in which unclear is -1, and beside it the analysis:
+        which answers are right and which wrong."""
         gold = self.gold(questions)
+        chosen = self.letters(gold, answers)
         results = {
             question.id: -1 if letter is None else LETTERS.index(letter)
-            for question, letter in zip(questions, self.letters(gold, answers), strict=True)
+            for question, letter in zip(questions, chosen, strict=True)
         }
         correct = sum(results[q.id] == problem["answer"] for q, problem in zip(questions, gold, strict=True))
         outputs = {q.id: answer for q, answer in zip(questions, answers, strict=True) if answer is not None}
         head = {"acc": correct / len(gold) * 100, "correct": correct, "count": len(gold)}
         write_json(out, head | {"results": results, "outputs": outputs}, indent=1)
+        analysis = {"correct": [], "incorrect": []}
+        for question, problem, letter, answer in zip(questions, gold, chosen, answers, strict=True):
+            right = LETTERS[problem["answer"]]
+            entry = {"question_id": question.id, "parsed": letter, "answer": right, "text": answer}
+            analysis["correct" if letter == right else "incorrect"].append(entry)
+        out = Path(out)
+        write_json(out.with_name(f"{out.stem}_analysis.json"), analysis, indent=1)
 
 
 def _context(problem):

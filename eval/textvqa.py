@@ -68,6 +68,9 @@ class TextVQA(Benchmark):
         if any("answers" not in record for record in records):
             raise InputError(f"{path}: holds no answers; use `visualrwkv export textvqa` for the test split")
         with understood(path, "an annotation file of TextVQA with answers"):
+            for record in records:
+                if not isinstance(record["answers"], list) or not record["answers"]:
+                    raise ValueError(f"question {record['question_id']} has no list of answers")
             return [[str(answer) for answer in record["answers"]] for record in records]
 
     def judge(self, questions, gold, answers, protocol, seed=0):

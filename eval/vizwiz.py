@@ -43,6 +43,10 @@ class VizWiz(Benchmark):
         if any("answers" not in record for record in records):
             raise InputError(f"{path}: holds no answers; use `visualrwkv export vizwiz` for the test split")
         with understood(path, "an annotation file of VizWiz"):
+            for record in records:
+                texts = [one["answer"] for one in record["answers"]]
+                if not texts or not all(isinstance(text, str) for text in texts):
+                    raise ValueError(f"{record['image']} has no answers, or one that is no text")
             return [{**record, "answers": [one["answer"] for one in record["answers"]]} for record in records]
 
     def judge(self, questions, gold, answers, protocol, seed=0):

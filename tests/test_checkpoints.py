@@ -126,7 +126,7 @@ def test_there_and_back_keeps_every_bit(tmp_path):
     assert (tmp_path / "back.pth").stat().st_size < 1.05 * golden_file("visualrwkv6.pth").stat().st_size
     folder, _ = read_folder(tmp_path / "folder")
     file, _ = load_checkpoint(golden_file("visualrwkv6.pth"))
-    assert folder.dtype == torch.bfloat16
+    assert folder.dtype == torch.bfloat16 and folder.config.blank_image and file.config.blank_image
     assert error(logits(folder), logits(file)) == 0
 
 
@@ -149,7 +149,7 @@ def test_version_5_in_two_parts(tmp_path):
     for part in parts:
         model, processor = load_checkpoint(part, dtype="float32")
         assert (model.config.text_config.version, model.config.scan, processor.prompt) == (5, "uni", "first")
-        assert model.config.cls_first
+        assert model.config.cls_first and not model.config.blank_image
     with torch.no_grad():
         io = tensors("rwkv5_lm_io")
         hidden, _ = model.rwkv(model.rwkv.emb(io["input_ids"]))
@@ -202,7 +202,8 @@ def test_a_bare_language_model_with_a_new_tower():
     """How training starts: the language model from the file, tower and projector at random."""
     tower = describe_tower({"image_size": 32, "layers": 1, "width": 64, "patch_size": 8}, 64)
     model, processor = load_checkpoint(golden_file("rwkv6_lm.pth"), dtype="float32", vision=tower)
-    assert processor.num_image_tokens == 17 and model.config.scan == "bi" and not model.config.cls_first
+    assert processor.num_image_tokens == 17 and model.config.scan == "bi"
+    assert not model.config.cls_first and not model.config.blank_image
     _, weights = load_language_model(golden_file("rwkv6_lm.pth"))
     assert torch.equal(model.rwkv.head.weight, weights["head.weight"].float())
     assert not any(x.is_meta for x in [*model.parameters(), *model.buffers()])

@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from visualrwkv.cli import main
+from visualrwkv.eval import benchmark
 
 GOLDEN = Path(__file__).parent / "golden" / "eval"
 
@@ -48,6 +49,13 @@ def test_scienceqa_result_file(tmp_path):
         if entry["prediction"] is not None
     }
 
+    analysis = json.loads((tmp_path / "result_analysis.json").read_text())
+    right = {entry["question_id"] for entry in expected("scienceqa")["per_question"] if entry["correct"]}
+    assert {entry["question_id"] for entry in analysis["correct"]} == right
+    assert len(analysis["correct"]) == written["correct"]
+    assert len(analysis["correct"]) + len(analysis["incorrect"]) == written["count"]
+    assert all(entry["parsed"] == entry["answer"] for entry in analysis["correct"])
+
 
 def test_seedbench_upload(tmp_path):
     written = exported("seedbench", tmp_path / "up.jsonl").read_text()
@@ -58,6 +66,15 @@ def test_mme_result_files(tmp_path):
     folder = exported("mme", tmp_path / "results")
     theirs = {path.name: sorted(path.read_text().splitlines()) for path in GOLDEN.glob("mme/expected_results_txt/*")}
     assert {path.name: sorted(path.read_text().splitlines()) for path in folder.iterdir()} == theirs
+
+
+def test_an_answer_of_mme_is_one_line_for_every_reader(tmp_path):
+    bench = benchmark("mme", GOLDEN / "mme")
+    questions = bench.exported()
+    bench.export(questions, ["Yes\rit\u2028is\n"] * len(questions), tmp_path / "results")
+    for path in (tmp_path / "results").iterdir():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert all(line.count("\t") == 3 and line.endswith("\tYes it is") for line in lines)
 
 
 def test_pope_answer_files(tmp_path):

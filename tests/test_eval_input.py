@@ -163,6 +163,73 @@ def test_words_decide_where_an_id_occurs_twice(tmp_path):
         score_files(benchmark("mme", GOLDEN / "mme"), [tmp_path / "p.jsonl"])
 
 
+def test_the_order_of_records_decides_where_two_questions_are_the_same(tmp_path):
+    """Of other tools, whose records have no number, and wherever their files were cut."""
+    data = [
+        {"image_id": "a", "question": text, "question_id": number, "answers": [answer] * 10}
+        for number, (text, answer) in enumerate((("what is it?", "cup"), ("who?", "me"), ("what is it?", "mug")))
+    ]
+    (tmp_path / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": data}))
+    for prompts in (("What is it?", "Who?", "What is it?"), (None, None, None)):
+        records = [
+            {"question_id": "a", "text": one["answers"][0]} | ({"prompt": prompt} if prompt else {})
+            for one, prompt in zip(data, prompts, strict=True)
+        ]
+        files = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+        for cut in range(4):
+            for file, some in zip(files, (records[:cut], records[cut:]), strict=True):
+                file.write_text("".join(json.dumps(record) + "\n" for record in some))
+            result = score_files(benchmark("textvqa", tmp_path, ocr=False), files)
+            assert (result["score"], result["missing"], result["protocol"]["run"]) == (100, 0, {"ocr": False})
+
+
+def test_joined_files_of_a_run_are_read(tmp_path):
+    lines = (GOLDEN / "pope/answers.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "merge.jsonl").write_text("".join(lines[:-2]) + "[" * 100_000 + "\n")
+    wrong = json.dumps(json.loads(lines[0]) | {"text": "neither"}) + "\n"
+    (tmp_path / "12_9.jsonl").write_text(wrong)
+    (tmp_path / "12_10.jsonl").write_text("".join([lines[0], *lines[-2:]]))  # of a key the last shard counts
+    bench = benchmark("pope", GOLDEN / "pope")
+    assert score_files(bench, [tmp_path]) == score_files(bench, [GOLDEN / "pope/answers.jsonl"])
+
+
+def test_the_folders_of_visualrwkv_are_known(tmp_path):
+    """Its `eval_dir`: question files in eval/<name>, some pictures in images/<name>."""
+    for name in ("gqa", "textvqa", "mme", "mmvet", "mmbench", "mmbench_cn"):
+        folder = {"mme": "MME", "mmvet": "mm-vet", "mmbench_cn": "mmbench"}.get(name, name)
+        shutil.copytree(GOLDEN / folder.replace("-", "").lower(), tmp_path / "eval" / folder, dirs_exist_ok=True)
+        plain = GOLDEN / folder.replace("-", "").lower()
+        questions = None if "mmbench" not in name else tmp_path / "eval/mmbench/mmbench_dev_made_up.tsv"
+        options = {"questions": questions} | ({"ocr": False} if name == "textvqa" else {})
+        inner, outer = benchmark(name, plain, **options), benchmark(name, tmp_path, **options)
+        assert [q.text for q in inner.questions()] == [q.text for q in outer.questions()]
+    bench = benchmark("gqa", tmp_path)
+    question = bench.questions()[0]
+    path = tmp_path / "images/gqa/images" / question.image
+    with pytest.raises(InputError, match=f"belongs to .*{re.escape(str(path))}"):
+        bench.picture(question)
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert bench.picture(question) == path
+
+
+def test_pictures_that_a_table_lacks_are_named(tmp_path):
+    table = tmp_path / "MMBench_DEV_EN.tsv"
+    table.write_text("index\tquestion\tA\tB\tanswer\timage\n1\tq\ta\tb\tA\tx\n2\tq\ta\tb\tA\t\n3\tq\ta\tb\tA\t777\n")
+    bench = benchmark("mmbench", tmp_path)
+    for question, reason in zip(bench.questions(), ("base64", "the cell is empty", "in row 777"), strict=True):
+        with pytest.raises(InputError, match=f"MMBench_DEV_EN.tsv: .*row {question.id}.*{reason}"):
+            bench.picture(question)
+    table.write_text("index\tquestion\tA\tB\n1\tq\ta\tb\n")
+    (question,) = benchmark("mmbench", tmp_path).questions()
+    bench.source = table
+    with pytest.raises(InputError, match="lacks 'image'"):
+        bench.picture(question)
+    mme = benchmark("mme", GOLDEN / "mme")
+    with pytest.raises(InputError, match=r"no picture existence/\d+.jpg; it belongs to"):
+        mme.picture(next(q for q in mme.scored() if q.category == "existence"))
+
+
 def test_a_question_file_is_no_prediction_file(tmp_path):
     questions = GOLDEN / "pope/questions.jsonl"
     with pytest.raises(InputError, match="questions.jsonl, line 1: id .* has the question as its text"):
@@ -223,6 +290,21 @@ def test_damaged_official_files_are_one_line(tmp_path, capsys):
          "none of its questions is balanced"),
         ("mmbench", "mmbench_dev_made_up.tsv", lambda text: re.sub(r"\n(\d+)\t", r"\n\1.0\t", text, count=1),
          "not a TSV file of MMBench"),
+        ("mmbench", "mmbench_dev_made_up.tsv", lambda text: text.replace("\n", "\r"), "new-line character"),
+        ("mmbench", "mmbench_dev_made_up.tsv",
+         lambda text: re.sub(r"\n(\d{1,6})\t", lambda found: f"\n{int(found[1]) + 5_000_000}\t", text),
+         "all of its questions are rotations"),
+        ("gqa", "testdev_balanced_questions.json", lambda text: re.sub(r'"global": ("\w+"|null)', '"global": {}', text),
+         "is no text"),
+        ("scienceqa", "problems.json", lambda text: re.sub(r'"answer": \d', '"answer": -1', text, count=1),
+         "is -1, which is none of its choices"),
+        ("scienceqa", "problems.json", lambda text: re.sub(r'"grade": "(\w+)"', r'"grade": ["\1"]', text),
+         "not a text"),
+        ("textvqa", "TextVQA_0.5.1_val.json", lambda text: re.sub(r'"answers": \[[^]]*\]', '"answers": []', text),
+         "has no list of answers"),
+        ("vizwiz", "val.json", lambda text: re.sub(r'"answer": "[^"]*"', '"answer": 5', text, count=1),
+         "or one that is no text"),
+        ("vqav2", "v2_mscoco_val2014_annotations.json", lambda text: "[" * 100_000, "recursion"),
     ]  # fmt: skip
     for name, path, change, words in cases:
         folder = changed(tmp_path, name, path, change)

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import math
 import sys
 import types
 from pathlib import Path
@@ -88,8 +89,25 @@ def test_what_it_cannot_do_is_said(adapter, model, pictures):
         adapter.VisualRWKVForLmmsEval(batch_size="auto")
     with pytest.raises(InputError, match="num_beams is 3"):
         model.generate_until(requests(model, [(pictures[0], "What?")], num_beams=3))
-    with pytest.raises(NotImplementedError, match="generate_until"):
-        model.loglikelihood([])
+    with pytest.raises(NotImplementedError, match="one round"):
+        model.generate_until_multi_round([])
+
+
+def test_the_likeliest_of_given_answers_is_the_one_that_is_written(adapter, pictures):
+    model = adapter.VisualRWKVForLmmsEval()
+    question = "What color is the circle?"
+    for picture in (pictures[0], None):
+        reply = model.vlm.ask(picture, question)
+        (asked,) = requests(model, [(picture, question)])
+        found = {}
+        for text in ("red", "blue", "yes", "3", reply):
+            target = text if text == "red" else lambda document, text=text: text
+            asked.args = (question, target, *asked.args[2:])
+            ((found[text], greedy),) = model.loglikelihood([asked])
+            assert greedy == (text == reply) and found[text] < 0
+        assert max(found, key=found.get) == reply
+        assert sum(map(math.exp, found.values())) < 1
+    assert model.loglikelihood([]) == []
 
 
 def test_the_real_registry_finds_it(monkeypatch):

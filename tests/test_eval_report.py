@@ -91,6 +91,20 @@ def test_a_run_alone_and_one_that_has_no_local_score(pope_runs, capsys):
     assert f"{folder}: not scored" in capsys.readouterr().err
 
 
+def test_answers_are_compared_where_nothing_here_can_score_them(pope_runs):
+    lines = (GOLDEN / "mmvet/answers.jsonl").read_text().splitlines()
+    settings = {"benchmark": "mmvet", "split": "test", "model": "m", "data": str(GOLDEN / "mmvet")}
+    for name in ("this", "that"):
+        (pope_runs / name).mkdir()
+        (pope_runs / name / "run.json").write_text(json.dumps(settings))
+        first = json.loads(lines[0]) | {"text": f"I see {name} & more"}
+        (pope_runs / name / "1_0.jsonl").write_text("\n".join([json.dumps(first), *lines[1:]]))
+    code, page = report(pope_runs, "this", "that")
+    text = " ".join(" ".join(page.text).split())
+    assert code == 0 and "graded by GPT-4" in text and "I see this & more" in text and "I see that & more" in text
+    assert "Questions answered differently: 1 " in text
+
+
 def test_a_damaged_picture_is_said_and_not_shown(pope_runs):
     folder, data = pope_runs / "data/val2014", b""
     for path in folder.iterdir():

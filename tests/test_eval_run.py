@@ -15,7 +15,7 @@ from visualrwkv.cli import main
 from visualrwkv.errors import InputError
 from visualrwkv.eval import benchmark, run
 from visualrwkv.eval.common import Question
-from visualrwkv.eval.run import Answerer, chunk, which_shard, windows
+from visualrwkv.eval.run import Answerer, chunk, describe_model, which_shard, windows
 
 GOLDEN = Path(__file__).parent / "golden" / "eval"
 
@@ -375,6 +375,12 @@ def test_a_complete_run_is_not_taken_for_that_of_another_model(loaded, scenes, t
     assert run_cli(*call) == 0 and "predictions are there" in capsys.readouterr().err
     monkeypatch.setattr("visualrwkv.VisualRWKV.fingerprint", lambda self: "another")
     assert run_cli(*call) == 2 and "the run there has fingerprint" in capsys.readouterr().err
+
+
+def test_whether_an_empty_picture_is_shown_is_up_to_the_checkpoint(vlm, monkeypatch):
+    assert [describe_model(vlm, how)["blank_image"] for how in ("auto", "yes", "no")] == [False, True, False]
+    monkeypatch.setattr(vlm.model.config, "blank_image", True)
+    assert [describe_model(vlm, how)["blank_image"] for how in ("auto", "yes", "no")] == [True, True, False]
 
 
 def test_two_runs_make_no_score(loaded, scenes, tmp_path, capsys):

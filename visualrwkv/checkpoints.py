@@ -170,6 +170,7 @@ def _build(tensors, source, device, dtype, scan=None, prompt=None, vision=None, 
         scan=scan or ("uni" if old else "bi"),
         prompt=prompt or ("first" if old else "sandwich"),
         cls_first=old and vision is None,
+        blank_image=not old and vision is None,
         projector="mlp" if "proj.0.weight" in tensors else "linear",
         image_token_id=min(tokenizer.image_token_id, text.vocab_size - 1),
     )

@@ -104,6 +104,7 @@ class VisualRWKVConfig(PreTrainedConfig):
         image_token_id: placeholder, repeated once per image feature.
         cls_first: the CLS feature stands before the patches (VisualRWKV-5), not behind them.
         l2_wrap: add the public code's penalty on the largest logit to the gradients of training.
+        blank_image: benchmarks show an image of zero features with questions that have none, as VisualRWKV-6 does.
     """
 
     model_type = "visualrwkv"
@@ -119,6 +120,7 @@ class VisualRWKVConfig(PreTrainedConfig):
     image_token_id: int = IMAGE_TOKEN_ID
     cls_first: bool = False
     l2_wrap: bool = False
+    blank_image: bool = False
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
