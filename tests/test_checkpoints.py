@@ -195,13 +195,18 @@ def test_bare_language_models(name, tmp_path):
     same(weights_again, weights)
     convert(tmp_path / "folder", tmp_path / "back.pth")
     same(torch.load(tmp_path / "back.pth", weights_only=True), weights)
+    assert "no vision part; to train it on pictures, give the folder" in refusal(visualrwkv.load, tmp_path / "folder")
     assert "more than a language model" in refusal(load_language_model, golden_file("visualrwkv6.pth"))
 
 
-def test_a_bare_language_model_with_a_new_tower():
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_bare_language_model_with_a_new_tower(converted, tmp_path):
     """How training starts: the language model from the file, tower and projector at random."""
     tower = describe_tower({"image_size": 32, "layers": 1, "width": 64, "patch_size": 8}, 64)
-    model, processor = load_checkpoint(golden_file("rwkv6_lm.pth"), dtype="float32", vision=tower)
+    path = golden_file("rwkv6_lm.pth")
+    if converted:
+        (path,) = convert(path, tmp_path / "folder")
+    model, processor = load_checkpoint(path, dtype="float32", vision=tower)
     assert processor.num_image_tokens == 17 and model.config.scan == "bi"
     assert not model.config.cls_first and not model.config.blank_image
     _, weights = load_language_model(golden_file("rwkv6_lm.pth"))
@@ -210,6 +215,10 @@ def test_a_bare_language_model_with_a_new_tower():
     assert model.proj.weight.std() > 0
     loss = model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss
     loss.backward()
+    convert(golden_file("visualrwkv6.pth"), tmp_path / "whole")
+    for whole in (golden_file("visualrwkv6.pth"), tmp_path / "whole"):
+        assert "has a tower of its own; model.vision is for" in refusal(load_checkpoint, whole, vision=tower)
+    assert "is a folder; pass it to visualrwkv.load" in refusal(load_checkpoint, tmp_path / "whole")
 
 
 def test_other_towers_go_back_under_open_clip_names(tmp_path, random_folder):

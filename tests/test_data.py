@@ -187,7 +187,9 @@ def test_too_long_samples_lose_whole_turns(llava, vlm):
     ("content", "message"),
     [
         ("[{", "not valid JSON"),
-        ("{}", "expected a list"),
+        ("{}", "expected a list of samples, found dict; put them into a list"),
+        ("[]", "holds no sample"),
+        ('{"a": 1}\n{"a": 2}', r"Extra data: line 2 column 1; a file of one object a line is called .jsonl"),
         ('[{"id": "a", "conversations": [{"from": "gpt", "value": "x"}]}, {"id": "b"}]', "sample 1 (id b)"),
         ('[{"conversations": [{"from": "robot", "value": "x"}]}]', "sample 0: conversations[0]"),
         ('[{"image": 3, "conversations": [{"from": "human", "value": "x"}]}]', "'image' is 3"),

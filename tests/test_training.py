@@ -31,6 +31,13 @@ def test_the_projector_stage_changes_the_projector_alone(recipe, tmp_path, rando
     assert load_recipe(tmp_path / "run" / "recipe.yaml").steps == 2
 
 
+def test_a_warmup_that_never_ends_is_told(recipe, capsys):
+    training.run(recipe("long"), ["steps=2", "warmup=2"])
+    assert "warmup: 2 of 2 steps, so these rates are never reached" in capsys.readouterr().err
+    training.run(recipe("short"), ["steps=2", "warmup=1"])
+    assert "warmup:" not in capsys.readouterr().err
+
+
 def test_the_result_answers(recipe, tmp_path, pictures):
     import visualrwkv
 

@@ -42,13 +42,13 @@ def load_checkpoint(
     """Model and processor of a checkpoint file.
 
     Args:
-        path: an official file, or one part of a VisualRWKV-5.
+        path: an official file, or one part of a VisualRWKV-5; with `vision` a bare RWKV, file or folder.
         second: the other part; by default the `_visual.pth` or `_rwkv.pth` beside it.
         device: where the tensors go, one by one.
         dtype: torch dtype or its name for all of them; None for the dtype of the language model in the file.
         scan, prompt: as in `VisualRWKVConfig`. By default as the files were trained: `bi` and `sandwich` for RWKV-6,
             `uni` and `first` for RWKV-5.
-        vision: for a bare RWKV file, the tower to train it with; tower and projector then start at random.
+        vision: for a bare RWKV, the tower to train it with; tower and projector then start at random.
         vision_heads: attention heads of the tower. No tensor tells; by default 64 channels each, at least 4 heads.
     Returns:
         `VisualRWKVForConditionalGeneration` in evaluation mode, `VisualRWKVProcessor`.
@@ -145,10 +145,11 @@ def _is_named_tensor(item) -> bool:
 
 
 def tokenizer_beside(path, config: VisualRWKVTextConfig):
-    """The tokenizer of a file: `rwkv_vocab.txt` in the same folder, otherwise the World vocabulary."""
+    """The tokenizer of a file or folder: `rwkv_vocab.txt` beside or in it, otherwise the World vocabulary."""
     from visualrwkv.tokenization import VOCAB_FILE, RWKVWorldTokenizer
 
-    own = Path(path).parent / VOCAB_FILE
+    path = Path(path)
+    own = (path if path.is_dir() else path.parent) / VOCAB_FILE
     if own.is_file() and config.vocab_size <= IMAGE_TOKEN_ID:
         return RWKVWorldTokenizer(own)
     return RWKVWorldTokenizer()
@@ -214,11 +215,15 @@ def _read_parts(path, second=None, whole: bool = True) -> tuple[dict[str, Tensor
     """All tensors under whole-model names, and what to call their source in messages.
 
     Args:
-        whole: a language model alone is refused.
+        whole: a language model alone is refused; False: all else is.
     """
     path = Path(path)
-    tensors = read_tensors(path)
+    tensors = _read_folder(path)[1] if path.is_dir() and not whole else read_tensors(path)
     kind = _kind(tensors, path)
+    if not whole and kind != "language":
+        raise InputError(
+            f"{path}: has a tower of its own; model.vision is for a bare RWKV, model.vision=null removes it"
+        )
     other = Path(second) if second is not None else _partner(path)
     source = str(path)
     if kind == "whole":

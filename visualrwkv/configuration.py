@@ -109,7 +109,7 @@ class VisualRWKVConfig(PreTrainedConfig):
 
     model_type = "visualrwkv"
     sub_configs = {"text_config": VisualRWKVTextConfig, "vision_config": VisualRWKVVisionConfig}
-    keys_to_ignore_at_inference = ["cache"]
+    keys_to_ignore_at_inference = ["cache", "sample_losses"]
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from visualrwkv.errors import InputError
-from visualrwkv.prompt import MARKER
+from visualrwkv.prompt import LLAVA_ROLES, MARKER
 
 IGNORE = -100
 _PAD_MULTIPLE = 16  # the chunk length of the recurrence; other lengths would be padded inside every layer again
@@ -136,10 +136,13 @@ def read_llava(path):
                 found.append(json.loads(document))
         except json.JSONDecodeError as error:
             place = f"line {before + error.lineno} column {error.colno}"
-            raise InputError(f"{path}: not valid JSON: {error.msg}: {place}") from error
+            hint = "; a file of one object a line is called .jsonl" if error.msg == "Extra data" and not lines else ""
+            raise InputError(f"{path}: not valid JSON: {error.msg}: {place}{hint}") from error
     samples = found if lines or not found else found[0]
-    if not isinstance(samples, list) or not samples:
-        raise InputError(f"{path}: expected a list of samples, found {type(samples).__name__} without any")
+    if not isinstance(samples, list):
+        raise InputError(f"{path}: expected a list of samples, found {type(samples).__name__}; put them into a list")
+    if not samples:
+        raise InputError(f"{path}: holds no sample; data.json names a LLaVA-format file")
     for number, sample in enumerate(samples):
         complaint = _complaint(sample)
         if complaint:
@@ -172,7 +175,7 @@ def _complaint(sample):
     for position, turn in enumerate(turns):
         if (
             not isinstance(turn, dict)
-            or turn.get("from") not in ("human", "gpt")
+            or str(turn.get("from")).lower() not in LLAVA_ROLES
             or not isinstance(turn.get("value"), str)
         ):
             return (

@@ -128,17 +128,7 @@ class StageTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
-        loss = outputs["loss"]
-        if self.args.world_size > 1 or not loss.requires_grad:  # no picture, and the language model is frozen
-            loss = loss + self._touch_image_path()
-        return (loss, outputs) if return_outputs else loss
-
-    def _touch_image_path(self):
-        """0, computed from every parameter of tower and projector: those without a gradient (all of them where a
-        process's batch has no picture; the tower's final norm always) would stall the reduction between processes."""
-        parameters = self.accelerator.unwrap_model(self.model).named_parameters()
-        outside = (p for name, p in parameters if p.requires_grad and not name.startswith("rwkv."))
-        return sum(0 * p.flatten()[0] for p in outside)
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def floating_point_ops(self, inputs):
         return 0

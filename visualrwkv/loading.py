@@ -183,11 +183,21 @@ def check_config(path: str | os.PathLike) -> None:
     try:
         kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
     except FileNotFoundError:
+        if (Path(path) / "adapter_config.json").is_file():
+            raise InputError(
+                f"{path}: holds a peft adapter alone; merge it into its model (`merge_and_unload`), save that with its "
+                "processor and pass the folder"
+            ) from None
         raise InputError(
             f"{path}: the folder has no config.json; pass one written by save_pretrained or `visualrwkv convert`"
         ) from None
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{file}: cannot be read: {one_line(error)}; save or download the folder again") from None
+    if kind == "visualrwkv_text":
+        raise InputError(
+            f"{path}: a language model alone, it has no vision part; to train it on pictures, give the folder as "
+            "model.from and a tower as model.vision in a recipe of `visualrwkv train`"
+        )
     if kind != "visualrwkv":
         raise InputError(f"{file}: model_type is {kind!r}, not 'visualrwkv'; this folder holds another kind of model")
 

@@ -175,7 +175,7 @@ class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, GenerationMi
             logits_to_keep: compute only the last n positions' logits; 0 for all.
             return_dict: False gives a tuple.
         Raises:
-            InputError: images and places differ in number, or an image is cut.
+            InputError: images and places, or sequences and those of the state, differ in number, or an image is cut.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("pass either input_ids or inputs_embeds")
@@ -188,6 +188,12 @@ class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, GenerationMi
             if pixel_values is not None:
                 image_features = self.get_image_features(pixel_values)
             inputs_embeds, starts = self.embed(input_ids, image_features)
+        layers, rows = self.config.text_config.num_hidden_layers, len(inputs_embeds)
+        if cache is not None and (len(cache.layers), cache.batch_size) != (layers, rows):
+            raise InputError(
+                f"the state is of {cache.batch_size} sequences in {len(cache.layers)} layers, the batch of {rows} in "
+                f"{layers}; `state.repeat(n)` gives n sequences the state of one"
+            )
         mask = None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :].bool()
         hidden, state = self._read(inputs_embeds, cache, mask, starts, logits_to_keep)
         logits = self.rwkv.logits(hidden)
@@ -200,10 +206,18 @@ class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, GenerationMi
             loss = sample_losses.mean()
             if self.training and self.config.l2_wrap:
                 loss = _L2Wrap.apply(loss, logits)
+            if self.training and (_several_processes() or not loss.requires_grad):
+                loss = loss + self._touch_image_path()
         if use_cache is None:
             use_cache = not self.training
         output = VisualRWKVOutput(loss, logits, state if use_cache else None, sample_losses)
         return output if return_dict is not False else output.to_tuple()
+
+    def _touch_image_path(self):
+        """0, computed from every parameter of tower and projector that learns: those without a gradient (all of them in
+        a batch without pictures; the tower's final norm always) would stall the reduction between processes."""
+        outside = (p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("rwkv."))
+        return sum(0 * p.flatten()[:1].sum() for p in outside)
 
     def _read(self, embeds, state, mask, starts, keep):
         """Hidden states of the last `keep` positions (0: of all) and the state behind embeds (B, T, D).
@@ -272,6 +286,11 @@ class VisualRWKVForConditionalGeneration(VisualRWKVPreTrainedModel, GenerationMi
                 state.batch_repeat_interleave(expand_size)
             return input_ids, kwargs
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+
+
+def _several_processes() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def per_sample_loss(logits: Tensor, labels: Tensor) -> Tensor:

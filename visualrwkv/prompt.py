@@ -17,7 +17,7 @@ MARKER = "<image>"  # how data files and prompt strings write a picture
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 TURN_END = "\n\n"
 SPEAKERS = {"user": "User:", "assistant": "Assistant:"}
-_LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _BLANK_LINES = re.compile(r"\n(?:\s*\n)+")
 
 
@@ -194,7 +194,7 @@ def turns_from_llava(conversations: Sequence[Mapping[str, str]], n_images: int) 
     for number, message in enumerate(conversations, 1):
         if not isinstance(message, Mapping) or not isinstance(message.get("value"), str) or "from" not in message:
             raise InputError(f"turn {number} is not an object with the strings 'from' and 'value'")
-        role = _LLAVA_ROLES.get(str(message["from"]).lower())
+        role = LLAVA_ROLES.get(str(message["from"]).lower())
         if role is None:
             raise InputError(f"turn {number} comes from {message['from']!r}; must be 'human' or 'gpt'")
         text, images = message["value"], 0

@@ -128,7 +128,7 @@ def build_dataset(recipe, processor):
 
 
 def describe_run(recipe, model, groups, steps):
-    """One line on stderr: what learns, and for how long."""
+    """What learns, and for how long, on stderr."""
     if not is_main_process():
         return
     learning = {}
@@ -137,6 +137,12 @@ def describe_run(recipe, model, groups, steps):
     total = sum(p.numel() for p in model.parameters())
     parts = ", ".join(f"{part} {count:,} at {recipe.train[part]:g}" for part, count in learning.items())
     print(f"{recipe.stage}: {steps} steps; of {total:,} parameters learn: {parts}", file=sys.stderr)
+    if recipe.warmup >= steps:
+        print(
+            f"warmup: {recipe.warmup} of {steps} steps, so these rates are never reached; lower warmup or the samples "
+            "of a step (batch_size, accumulate), or raise epochs",
+            file=sys.stderr,
+        )
 
 
 def _evaluation(recipe, model, processor):
