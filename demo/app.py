@@ -158,11 +158,14 @@ def build(talk: Talk) -> gr.Blocks:
             "concurrency_id": "reply",
         }
         box.submit(talk.queued, [language], None, **light)
-        box.submit(talk.say, **reply, api_name="say")
+        sent = box.submit(talk.say, **reply, api_name="say")
         box.stop(talk.stop, **private, queue=False)
         of_a_draft = reply | {"inputs": [again, *setting, *sampling], "api_visibility": "private"}
-        gallery.select(talk.example, [language], [again], **light).then(talk.say, **of_a_draft)
-        retry.click(talk.take_back, setting, [*outputs, again], **light).then(talk.say, **of_a_draft)
+        picked = gallery.select(talk.example, [language], [again], **light).then(talk.say, **of_a_draft)
+        retried = retry.click(talk.take_back, setting, [*outputs, again], **light).then(talk.say, **of_a_draft)
+        for written in (sent, picked, retried):
+            # Gradio sends the end of a reply twice, the second time over what was pressed meanwhile
+            written.then(talk.show, setting, outputs, **light)
         gr.on([new.click, chatbot.clear], talk.new, setting, outputs, **light)
         undo.click(talk.undo, setting, outputs, **light)
         edit.click(talk.edit, setting, outputs, **light)

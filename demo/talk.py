@@ -313,8 +313,11 @@ class Talk:
         return {"text": message.get("text") or "", "files": files}, gr.update(value=None, visible=False), False
 
     def show(self, language, model, prompt, scan, request: gr.Request):
-        """The session as it is (after a change of language)."""
-        return self._show(self.sessions.peek(_key(request)), language, (model, prompt, scan), gr.skip())
+        """The session as it is (after a reply, or a change of language); a reply under way shows itself."""
+        session = self.sessions.peek(_key(request))
+        if session in self._writing:
+            return (gr.skip(),) * 4
+        return self._show(session, language, (model, prompt, scan), gr.skip())
 
     # Shared by the above.
 

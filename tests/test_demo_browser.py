@@ -200,6 +200,26 @@ def test_a_reply_grows_and_can_be_stopped(open_page, server, drawn):
     assert visible(last) == visible(chat.transcript[-1]["text"])
 
 
+def test_what_is_pressed_during_a_reply_has_the_last_word(open_page, server):
+    """Gradio sends the end of a reply once more, and the page showed a turn that had been taken back."""
+    page = open_page()
+    replies_go_on(page)
+    box = page.locator("#box textarea")
+    for number in range(4):
+        box.fill(f"Question {number}")
+        box.press("Enter")
+        page.wait_for_function("document.querySelectorAll('#chat [data-testid=bot]').length > 0")
+        page.locator("#edit").click()
+        idle(page)
+        page.wait_for_function("document.querySelectorAll('#chat [data-testid=user]').length == 0")
+        page.wait_for_timeout(500)
+        assert said(page, "user") == [] and box.input_value() == f"Question {number}"
+    box.press("Enter")
+    page.wait_for_function("document.querySelectorAll('#chat [data-testid=bot]').length > 0")
+    page.locator("#language label", has_text="中文").click()
+    page.wait_for_function("document.querySelector('#figures').innerText.includes('记忆')")
+
+
 def test_a_reader_of_what_was_said_is_left_alone(open_page, drawn):
     """A growing reply is followed, unless somebody has scrolled up."""
     page = open_page()

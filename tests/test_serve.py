@@ -242,6 +242,8 @@ BAD = [
     ({"presence_penalty": "much"}, 400, "presence_penalty"),
     ({"n": 2}, 400, "n is 2"),
     ({"logprobs": True}, 400, "logprobs"),
+    ({"logprobs": 0}, 400, "logprobs is 0; only false"),
+    ({"n": True}, 400, "n is true; only 1"),
     ({"response_format": {"type": "json_object"}}, 400, "response_format"),
     ({"tools": []}, 400, "tools"),
     ({"stream": "yes"}, 400, "stream"),
@@ -326,6 +328,15 @@ def replies_never_end(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(engine.ServedReply, "take", lambda self, token: self.tokens.append(token) or "x")
         yield
+
+
+def test_a_client_that_asks_before_it_sends_too_much_hears_it_at_once(server):
+    host, port = server[1].removeprefix("http://").split(":")
+    head = ["POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
+    head += ["Content-Length: 500000000", "Expect: 100-continue", "", ""]
+    with socket.create_connection((host, int(port)), timeout=60) as sock:
+        sock.sendall("\r\n".join(head).encode())
+        assert sock.recv(1000).startswith(b"HTTP/1.1 413 ")
 
 
 def test_a_killed_client_frees_its_slot(server, client, monkeypatch):

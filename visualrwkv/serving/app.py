@@ -211,6 +211,12 @@ class Service:
     async def _body(self, request: Request, keep: bool = True) -> bytes:
         """The body within its limit; what is beyond it is read on for a while and thrown away."""
         limit, size, chunks = self._limits.body_bytes, 0, []
+        too_large = Refused(
+            413, f"the request is larger than {limit / 2**20:g} MiB; send smaller pictures", code="request_too_large"
+        )
+        declared = request.headers.get("content-length", "")
+        if "expect" in request.headers and declared.isdecimal() and int(declared) > limit:
+            raise too_large  # the client has asked before it sends
 
         async def read():
             nonlocal size
@@ -228,8 +234,7 @@ class Service:
         except TimeoutError:
             raise Refused(408, f"the request did not arrive within {BODY_SECONDS} s") from None
         if size > limit:
-            message = f"the request is larger than {limit / 2**20:g} MiB; send smaller pictures"
-            raise Refused(413, message, code="request_too_large")
+            raise too_large
         return b"".join(chunks)
 
     async def _pieces(self, reply: ServedReply, events: asyncio.Queue) -> AsyncIterator[tuple[str, str | None]]:

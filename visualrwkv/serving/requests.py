@@ -112,7 +112,8 @@ def parse(body: bytes, model: str, limits: Limits) -> ChatRequest:
         if name not in _KNOWN:
             raise Refused(400, f"{short(name)} is not supported; leave it out", name, "unsupported_parameter")
     for name, neutral in _NEUTRAL.items():
-        if fields.get(name, neutral) != neutral:
+        value = fields.get(name, neutral)
+        if value != neutral or isinstance(value, bool) != isinstance(neutral, bool):
             message = f"{name} is {_short(fields[name])}; only {json.dumps(neutral)} is supported"
             raise Refused(400, message, name, "unsupported_value")
     asked = fields.get("model")
