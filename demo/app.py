@@ -168,7 +168,7 @@ def build(talk: Talk) -> gr.Blocks:
             written.then(talk.show, setting, outputs, **light)
         gr.on([new.click, chatbot.clear], talk.new, setting, outputs, **light)
         undo.click(talk.undo, setting, outputs, **light)
-        edit.click(talk.edit, setting, outputs, **light)
+        edit.click(talk.edit, [box, *setting], outputs, **light)
         fork.click(talk.fork, setting, outputs, **light)
         branches.input(talk.switch, [branches, *setting], outputs, **light)
         for control in reading:

@@ -60,7 +60,7 @@ class Models:
         if key not in self._loaded:
             with self._locks[label]:  # of each model its own: nobody waits for a model that others pick
                 if not self.is_loaded(label):
-                    self._loaded[label, None, None] = visualrwkv.load(self._names[label], **self._options)
+                    self._loaded[label, None, None] = self._load(label)
                 if key not in self._loaded:
                     self._loaded[key] = reading_as(self._loaded[label, None, None], prompt, scan)
         return self._loaded[key]
@@ -68,6 +68,18 @@ class Models:
     def is_loaded(self, label: str) -> bool:
         """Whether a model is in memory."""
         return (label, None, None) in self._loaded
+
+    def _load(self, label):
+        name = self._names[label]
+        try:
+            return visualrwkv.load(name, **self._options)
+        except InputError as error:
+            if name is None or not self._loaded:  # the latter is told to the operator, at the start
+                raise
+            words = str(error)
+            for path in (str(Path(name).expanduser()), str(name)):
+                words = words.replace(path, label)
+            raise InputError(words) from None
 
     def owner(self, file: Path, setting: tuple):
         """Continue a saved conversation with the model in use, under the scan that it was held with.

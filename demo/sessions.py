@@ -29,21 +29,27 @@ class Branch:
     """One conversation and the pictures shown in it.
 
     For each user turn there are the files that the page shows, and those to read when it is answered again; None for
-    a turn that came from a saved file, which holds no pictures.
+    a turn that came from a saved file, which holds no pictures. `former` is the branch with the turn that is being
+    answered again.
     """
 
     chat: visualrwkv.ChatSession
     shown: list[list[str] | None] = field(default_factory=list)
     sources: list[list[str] | None] = field(default_factory=list)
+    former: "Branch | None" = None
 
     def fork(self) -> "Branch":
         return Branch(self.chat.fork(), list(self.shown), list(self.sources))
 
     def undo(self) -> tuple[str, list[str]]:
         """Take back the last turn; returns its text and the files of its pictures. InputError as of the chat's."""
-        text = self.chat.undo()["text"]
+        text, self.former = self.chat.undo()["text"], None
         self.shown.pop()
         return text, self.sources.pop() or []
+
+    def take_former(self) -> "Branch | None":
+        former, self.former = self.former, None
+        return former
 
 
 class Session:
@@ -74,6 +80,11 @@ class Session:
         """Forget all branches; begin one with `chat`, if given."""
         self.setting, self.current = setting, 0
         self.branches = [] if chat is None else [Branch(chat)]
+
+    def bring_back(self, former: Branch | None) -> None:
+        """Put the `former` of the current branch, if it has one, in its place."""
+        if former is not None:
+            self.branches[self.current] = former
 
     def file(self, name: str) -> Path:
         """A new path in the session's folder, with `name` as its last part."""

@@ -17,7 +17,8 @@ from visualrwkv.demo.examples import Example
 from visualrwkv.demo.models import Models
 from visualrwkv.demo.sessions import Ended, Session, Sessions
 from visualrwkv.demo.texts import text
-from visualrwkv.demo.view import messages, read_picture, save_reduced, tell, warn
+from visualrwkv.demo.view import explained, messages, save_reduced, tell, warn
+from visualrwkv.image_processing import load_image
 
 BRANCHES = "ABCD"
 REFRESH = 0.05  # seconds between two pictures of a growing reply
@@ -67,7 +68,8 @@ class Talk:
     ):
         """Send a message, {"text": ..., "files": [...]}; the reply comes piece by piece.
 
-        A message with the key "draft" does not come from the text box, which keeps what is in it.
+        A message with the key "draft" does not come from the text box, which keeps what is in it. Where it is one to
+        answer again (`take_back`) and gets no answer, the former answer comes back.
         """
         if message is None:  # a message to answer again that could not be taken back
             yield (gr.skip(),) * 4
@@ -101,7 +103,9 @@ class Talk:
     def _reply(self, session, language, setting, message, sampling, look_again):
         session.halt.clear()
         asked, files = (message.get("text") or "").strip(), [str(path) for path in message.get("files") or ()]
-        unsent = gr.update(value={"text": asked, "files": files}) if "draft" in message else gr.skip()
+        former = session.branch.take_former() if session.branch else None
+        if "draft" not in message:
+            former = None  # a message to answer again did not arrive, since the queue was full
         try:
             sampling = sampling | {"seed": self._seed(sampling["seed"], language)}
             if not asked:
@@ -111,16 +115,22 @@ class Talk:
             if len(files) > self.limits.pictures:
                 raise InputError(text(language, "too_many_pictures", given=len(files), limit=self.limits.pictures))
             if session.setting != setting or session.branch is None:
-                session.restart(setting, self.models.get(*setting).chat())
-            pictures = [read_picture(path) for path in files]
+                with explained(language, "bad_model"):
+                    session.restart(setting, self.models.get(*setting).chat())
+            pictures = []
+            for path in files:
+                with explained(language, "bad_picture", path):
+                    pictures.append(load_image(path))
             # a box that stays ticked: it matters where a picture was shown before and none comes now
             again = look_again and not pictures and any(turn["images"] for turn in session.branch.chat.transcript)
-            stream = session.branch.chat.stream(asked, pictures, look_again=again, **sampling)
+            with explained(language, "bad_message"):
+                stream = session.branch.chat.stream(asked, pictures, look_again=again, **sampling)
             shown = [save_reduced(session, picture) for picture in pictures]
             sources = [session.keep(path) for path in files]
         except InputError as error:
             warn(language, error)
-            yield self._show(session, language, setting, unsent)
+            session.bring_back(former)
+            yield self._show(session, language, setting, gr.skip())
             return
         branch, said, last, counted = session.branch, "", 0.0, 0.0
         box = gr.update(**WRITING) if "draft" in message else gr.update(value={"text": "", "files": []}, **WRITING)
@@ -138,7 +148,7 @@ class Talk:
                         figures = panel.html(numbers, language)
                     yield messages(branch, language, (asked, shown, said)), gr.skip(), figures, gr.skip()
         except InputError as error:
-            warn(language, error)
+            warn(language, text(language, "bad_message", reason=error))
         except RuntimeError as error:  # out of memory, for instance: the page goes on, the conversation is as before
             warn(language, text(language, "failed", reason=str(error).splitlines()[0]))
         finally:
@@ -147,7 +157,10 @@ class Talk:
             if answered:
                 branch.shown.append(shown)
                 branch.sources.append(sources)
-        box = gr.update(**READY) if answered else gr.update(value={"text": asked, "files": sources}, **READY)
+            else:
+                session.bring_back(former)
+        keep = answered or "draft" in message
+        box = gr.update(**READY) if keep else gr.update(value={"text": asked, "files": sources}, **READY)
         yield self._show(session, language, setting, box)
 
     def _seed(self, given, language) -> int | None:
@@ -203,7 +216,8 @@ class Talk:
             try:
                 if not self.models.is_loaded(model):
                     tell(language, text(language, "loading", model=html.escape(str(model))))
-                self.models.get(*picked)
+                with explained(language, "bad_model"):
+                    self.models.get(*picked)
             except InputError as error:
                 warn(language, error)
                 picked = before
@@ -216,20 +230,23 @@ class Talk:
 
     def undo(self, language, model, prompt, scan, request: gr.Request):
         """Take back the last turn."""
-        return self.take_back(language, model, prompt, scan, request, pictures_needed=False)[:4]
+        return self.take_back(language, model, prompt, scan, request, again=False)[:4]
 
-    def edit(self, language, model, prompt, scan, request: gr.Request):
-        """Take back the last turn and put its message into the box again."""
-        *shown, message = self.take_back(language, model, prompt, scan, request, pictures_needed=False)
+    def edit(self, draft, language, model, prompt, scan, request: gr.Request):
+        """Take back the last turn and put its message into the box again, where no other may be lost."""
+        if draft and ((draft.get("text") or "").strip() or draft.get("files")):
+            tell(language, text(language, "draft"))
+            return (gr.skip(),) * 4
+        *shown, message = self.take_back(language, model, prompt, scan, request, again=False)
         message = message and {"text": message["text"], "files": message["files"]}
         return shown[0], gr.skip() if message is None else gr.update(value=message, **READY), *shown[2:]
 
-    def take_back(self, language, model, prompt, scan, request: gr.Request, pictures_needed=True):
+    def take_back(self, language, model, prompt, scan, request: gr.Request, again=True):
         """Take back the last turn; returns its message, too, for `say` to answer it again."""
         taken = []
 
         def act(session):
-            taken.append(self._take_back(session, language, pictures_needed))
+            taken.append(self._take_back(session, language, again))
 
         shown = self._change(request, language, (model, prompt, scan), act)
         return *shown, taken[0] if taken else None
@@ -276,13 +293,13 @@ class Talk:
         setting = [(model, prompt, scan)]
 
         def act(session):
-            name = Path(upload).name
             try:
-                found, chat = self.models.owner(Path(upload), setting[0])
-            except InputError as error:
-                raise InputError(str(error).replace(str(upload), name)) from None
+                with explained(language, "bad_chat", upload):
+                    found, chat = self.models.owner(Path(upload), setting[0])
+            except InputError:
+                raise
             except Exception:  # a forged file can break in many ways, none of which is to end the page
-                raise InputError(text(language, "bad_file", file=name)) from None
+                raise InputError(text(language, "bad_file", file=Path(upload).name)) from None
             session.restart(found, chat)
             setting[0] = found
             turns = len(chat.transcript) // 2
@@ -345,7 +362,7 @@ class Talk:
                 return self._show(session, language, setting, gr.update(**READY))
         return self._show(None, language, setting, gr.update(**READY))
 
-    def _take_back(self, session, language, pictures_needed) -> dict | None:
+    def _take_back(self, session, language, again) -> dict | None:
         """Undo the last turn; returns its message, or None with a word about it where that cannot be done."""
         branch = session.branch
         if branch is None or not branch.chat.transcript:
@@ -354,14 +371,16 @@ class Talk:
         sources = branch.sources[-1]
         there = [path for path in sources or [] if Path(path).is_file()]
         lost = branch.chat.transcript[-2]["images"] if sources is None else len(sources) - len(there)
-        if lost and pictures_needed:
+        if lost and again:
             warn(language, text(language, "pictures_gone"))
             return None
+        former = branch.fork() if again else None
         try:
             asked, _ = branch.undo()
         except InputError:
             warn(language, text(language, "no_undo"))
             return None
+        branch.former = former
         return {"text": asked, "files": there, "draft": True}
 
     def _show(self, session, language, setting, box):

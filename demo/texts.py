@@ -119,6 +119,21 @@ TEXTS = {
     "forks_full": ("{limit} branches are the most.", "最多 {limit} 个分支。"),
     "forked": ("Branch {name} goes on from here; switch back at any time.", "分支 {name} 从这里继续，可随时切换。"),
     "loaded": ("Conversation loaded: {turns} turns.", "已载入对话：{turns} 轮。"),
+    # what the library says of it, which it says in English
+    "bad_picture": (
+        "{reason}",
+        "图片无法使用。请换一张完好的图片，最好是 PNG 或 JPEG，且不要过大。详细原因：{reason}",
+    ),
+    "bad_message": ("{reason}", "这条消息无法回答。请修改内容或生成设置。详细原因：{reason}"),
+    "bad_model": ("{reason}", "模型无法载入，请选择其他模型。详细原因：{reason}"),
+    "bad_chat": (
+        "{reason}",
+        "无法载入对话。请选择用同一个模型保存的、完好的对话文件。详细原因：{reason}",
+    ),
+    "draft": (
+        "The box holds a message that was not sent. Send or clear it first.",
+        "输入框里还有未发送的消息，请先发送或清空。",
+    ),
     "bad_file": ("{file}: not a usable conversation file.", "{file}：不是可用的对话文件。"),
     "failed": ("The reply failed: {reason}", "回答失败：{reason}"),
 }

@@ -1,6 +1,7 @@
 """What the page is shown: the messages of a conversation with their pictures, and words that pop up."""
 
 import html
+from contextlib import contextmanager
 from pathlib import Path
 
 import gradio as gr
@@ -8,7 +9,6 @@ import gradio as gr
 from visualrwkv import InputError
 from visualrwkv.demo.sessions import Branch
 from visualrwkv.demo.texts import text
-from visualrwkv.image_processing import load_image
 
 SHOWN_SIDE = 768  # pixels; the page shows the picture as the model was given it, reduced to this
 
@@ -21,12 +21,14 @@ def warn(language, message):
     gr.Warning(html.escape(str(message)), title=text(language, "warning"))
 
 
-def read_picture(path):
-    """Read an uploaded picture; errors name it as the user knows it."""
+@contextmanager
+def explained(language, key, path=None):
+    """What the library refuses in here is refused in the reader's language; of `path` only the name is shown."""
     try:
-        return load_image(path)
+        yield
     except InputError as error:
-        raise InputError(str(error).replace(path, Path(path).name)) from None
+        reason = str(error) if path is None else str(error).replace(str(path), Path(path).name)
+        raise InputError(text(language, key, reason=reason)) from None
 
 
 def save_reduced(session, picture) -> str:

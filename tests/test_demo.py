@@ -206,7 +206,7 @@ def test_two_pages_never_meet(talk, vlm, files):
 def test_undo_edit_and_retry(talk, told, files):
     first = words(say(talk, "What?", files[0])[-1][0])
     second = words(say(talk, "Why?", files[1])[-1][0])
-    shown, box, *_ = talk.edit(*setting(talk), caller())
+    shown, box, *_ = talk.edit(None, *setting(talk), caller())
     assert words(shown) == first and box["value"]["text"] == "Why?"
     again = box["value"]["files"]
     assert Image.open(again[0]).tobytes() == Image.open(files[1]).tobytes()
@@ -343,10 +343,47 @@ def test_a_draft_stays_while_something_else_is_answered(talk, told, files):
         assert not any("value" in box for box in boxes)
     boxes = [shown[1] for shown in talk.say({"text": "What?", "files": []}, **controls(talk.models), request=caller())]
     assert boxes[0]["value"] == {"text": "", "files": []}
-    # a message that is in no box must not be lost
-    message = {"text": "x" * 5000, "files": [], "draft": True}
-    (shown,) = talk.say(message, **controls(talk.models), request=caller())
-    assert shown[1]["value"]["text"] == message["text"] and "5000 characters" in told[-1]
+    for draft in ({"text": "A draft", "files": []}, {"text": "", "files": [files[0]]}):
+        assert talk.edit(draft, *setting(talk), caller()) == (gr.skip(),) * 4 and "not sent" in told[-1]
+
+
+def test_an_answer_is_only_given_up_for_another(talk, told, files):
+    before = words(say(talk, "What?", files[0])[-1][0])
+    page = talk.sessions.peek((None, "a page"))
+
+    def again(**changes):
+        *_, message = talk.take_back(*setting(talk), caller())
+        return talk.say(message, **controls(talk.models, **changes), request=caller())
+
+    (shown,) = again(seed="x")
+    assert words(shown[0]) == before and shown[1] == gr.skip() and "Seed x" in told[-1]
+    stream = again()
+    next(stream)
+    page.halt.set()
+    with page.branch.chat._alone():  # no word comes
+        *_, shown = stream
+    assert words(shown[0]) == before and "value" not in shown[1]
+    *_, shown = again(max_new_tokens=4)  # pictures and all
+    assert words(shown[0])[0] == before[0] and page.branch.chat.stats.reply_tokens == 4
+    # a message to answer again that never came is no part of what follows
+    talk.take_back(*setting(talk), caller())
+    (shown,) = say(talk, "")
+    assert words(shown[0]) == [] and page.branch.chat.transcript == []
+
+
+def test_what_the_library_refuses_is_told_in_chinese(talk, told, files, random_folder, tmp_path):
+    talk.models = Models([str(random_folder), str(tmp_path / "nowhere")])
+    text = tmp_path / "notes.png"
+    text.write_text("no picture")
+    for refused, expected in (
+        (lambda: say(talk, "What?", str(text), language="zh"), "图片无法使用"),
+        (lambda: say(talk, "<image>", language="zh"), "消息无法回答"),
+        (lambda: say(talk, "What?", model="nowhere", language="zh"), "模型无法载入"),
+        (lambda: talk.setting("zh", "nowhere", "last", "uni", caller()), "模型无法载入"),
+        (lambda: talk.load(str(text), "zh", *talk.models.default, caller()), "无法载入对话"),
+    ):
+        refused()
+        assert expected in told[-1] and str(tmp_path) not in told[-1], told
 
 
 def test_the_field_of_the_seed(talk, told):

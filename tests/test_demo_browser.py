@@ -223,12 +223,7 @@ def test_what_is_pressed_during_a_reply_has_the_last_word(open_page, server):
 def test_a_reader_of_what_was_said_is_left_alone(open_page, drawn):
     """A growing reply is followed, unless somebody has scrolled up."""
     page = open_page()
-    page.locator("#reading button").first.click()
-    page.locator("#model input").click()
-    page.locator("[role=option]", has_text="random").click()
-    page.locator("#sampling button").first.click()
-    page.locator("#max_new_tokens input[type=number]").fill("1024")
-    page.locator("#max_new_tokens input[type=number]").press("Tab")
+    replies_go_on(page)
     area = "document.querySelector('#chat .bubble-wrap')"
     place = f"(area => [area.scrollTop, area.scrollHeight - area.clientHeight])({area})"
     attach(page, drawn[0])
@@ -278,6 +273,10 @@ def test_a_draft_survives_another_answer(open_page, drawn):
     assert (
         page.locator("#box textarea").input_value() == "A draft" and page.locator("#box .thumbnail-item").count() == 1
     )
+    page.locator("#edit").click()  # would overwrite it
+    page.locator("[data-testid=toast-text]").wait_for()
+    assert "not sent" in toast(page) and page.locator("#box textarea").input_value() == "A draft"
+    assert page.locator("#chat .bot-row").count() == 1
 
 
 def test_pictures_are_dropped_and_pasted_anywhere(open_page, drawn):
