@@ -7,7 +7,6 @@ that the app itself made in a folder of its own, which goes when the server stop
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -17,13 +16,15 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from visualrwkv import InputError
+from visualrwkv.addresses import bind, in_address, is_local
+from visualrwkv.configuration import POSITIONS, SCANS
 from visualrwkv.demo import examples, panel
 from visualrwkv.demo.guard import Guard
-from visualrwkv.demo.models import EMBEDDED, PROMPTS, SCANS, Models
+from visualrwkv.demo.models import EMBEDDED, Models
 from visualrwkv.demo.sessions import Sessions
 from visualrwkv.demo.talk import Limits, Talk
 from visualrwkv.demo.texts import LANGUAGES, language_of, text
-from visualrwkv.loading import one_line
+from visualrwkv.errors import one_line
 
 STYLE = Path(__file__).with_name("style.css")
 SCRIPT = Path(__file__).with_name("page.js")
@@ -228,8 +229,8 @@ def _reading(say_in, models, start):
     model, prompt, scan = models.default
     picker = gr.Dropdown(models.choices(start), value=model, label=text(start, "model"), elem_id="model")
     say_in(picker, label="model", choices=models.choices)
-    place = gr.Radio(value=prompt, label=text(start, "prompt"), choices=_choices("prompt", PROMPTS)(start))
-    say_in(place, label="prompt", choices=_choices("prompt", PROMPTS))
+    place = gr.Radio(value=prompt, label=text(start, "prompt"), choices=_choices("prompt", POSITIONS)(start))
+    say_in(place, label="prompt", choices=_choices("prompt", POSITIONS))
     order = gr.Radio(value=scan, label=text(start, "scan"), choices=_choices("scan", SCANS)(start))
     say_in(order, label="scan", choices=_choices("scan", SCANS))
     say_in(gr.HTML(f'<p class="hint">{text(start, "reading_note")}</p>'),
@@ -302,7 +303,7 @@ class Server:
         max_upload: int = 40,
         grace: float = 60,
     ):
-        _check_place(host, port)
+        bind(host, port).close()  # before any model is loaded; uvicorn would write into the log
         self.models = Models(models, device, dtype, quantize)
         self._outer = os.environ.get("GRADIO_TEMP_DIR")
         self._own = Path(tempfile.mkdtemp(prefix="visualrwkv-demo-", dir=self._outer))
@@ -313,7 +314,7 @@ class Server:
             self.page = build(talk)
             self.page.queue(api_open=False, max_size=queue, default_concurrency_limit=8)
             _, self.url, self.share_url = self.page.launch(
-                server_name=f"[{host}]" if ":" in host else host,  # IPv6 as in an address
+                server_name=in_address(host),
                 server_port=port,
                 share=share,
                 auth=list(auth) or None,
@@ -353,17 +354,6 @@ class Server:
         shutil.rmtree(self._own, ignore_errors=True)
 
 
-def _check_place(host: str, port: int | None) -> None:
-    """Raise InputError where nobody can listen, before any model is loaded; uvicorn would write into the log."""
-    try:
-        family = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0][0]
-        socket.create_server((host, port or 0), family=family).close()
-    except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host
-        place = host if port is None else f"{host}, port {port}"
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{place}: {reason}; pass another --host or --port") from None
-
-
 def run(host: str = "127.0.0.1", share: bool = False, auth=(), **options) -> None:
     """Serve until Ctrl-C or SIGTERM; the arguments are those of `Server`."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -372,7 +362,7 @@ def run(host: str = "127.0.0.1", share: bool = False, auth=(), **options) -> Non
         print(f"VisualRWKV is at {server.url}", flush=True)
         if server.share_url:
             print(f"and for everybody at {server.share_url}", flush=True)
-        if not auth and (share or host not in ("127.0.0.1", "localhost", "::1")):
+        if not auth and (share or not is_local(host)):
             print("Whoever reaches this address can use it; --auth USER:PASSWORD asks for a login.", file=sys.stderr)
         threading.Event().wait()
     finally:

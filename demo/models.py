@@ -6,11 +6,10 @@ from pathlib import Path
 
 import visualrwkv
 from visualrwkv import InputError
+from visualrwkv.configuration import POSITIONS, SCANS
 from visualrwkv.demo.texts import text
 
 EMBEDDED = "embedded"
-PROMPTS = ("sandwich", "first", "last")
-SCANS = ("bi", "uni", "multi")
 
 
 class Models:
@@ -54,8 +53,8 @@ class Models:
         """
         if label not in self._names:
             raise InputError(f"{label!r} is not offered here; the models are {', '.join(self._names)}")
-        if prompt not in (None, *PROMPTS) or scan not in (None, *SCANS):
-            raise InputError(f"prompt {prompt!r}, scan {scan!r}: use one of {', '.join(PROMPTS)}; {', '.join(SCANS)}")
+        if prompt not in (None, *POSITIONS) or scan not in (None, *SCANS):
+            raise InputError(f"prompt {prompt!r}, scan {scan!r}: use one of {', '.join(POSITIONS)}; {', '.join(SCANS)}")
         key = (label, prompt, scan)
         if key not in self._loaded:
             with self._locks[label]:  # of each model its own: nobody waits for a model that others pick

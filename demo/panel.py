@@ -37,17 +37,11 @@ def cache_bytes_per_token(text_config) -> int:
     return 2 * text_config.num_hidden_layers * text_config.hidden_size * 2
 
 
-def state_bytes(text_config, shift_itemsize: int) -> int:
-    """Bytes of the state: WKV matrices in float32, two token-shift vectors a layer in the model's dtype."""
-    shifts = 2 * text_config.hidden_size * text_config.num_hidden_layers
-    return 4 * (text_config.state_size - shifts) + shift_itemsize * shifts
-
-
 def figures(vlm, chat=None) -> Figures:
     """Figures of a conversation, or of one that has not begun."""
     config = vlm.model.config.text_config
     per_token = cache_bytes_per_token(config)
-    empty = state_bytes(config, vlm.model.dtype.itemsize)
+    empty = config.state_bytes(vlm.model.dtype.itemsize)
     if chat is None or not chat.tokens_read:
         return Figures(empty, per_token)
     turns = sum(turn["role"] == "user" for turn in chat.transcript)

@@ -18,6 +18,7 @@ from visualrwkv.demo.models import Models
 from visualrwkv.demo.sessions import Ended, Session, Sessions
 from visualrwkv.demo.texts import text
 from visualrwkv.demo.view import explained, messages, save_reduced, tell, warn
+from visualrwkv.errors import one_line
 from visualrwkv.image_processing import load_image
 
 BRANCHES = "ABCD"
@@ -125,8 +126,9 @@ class Talk:
             again = look_again and not pictures and any(turn["images"] for turn in session.branch.chat.transcript)
             with explained(language, "bad_message"):
                 stream = session.branch.chat.stream(asked, pictures, look_again=again, **sampling)
-            shown = [save_reduced(session, picture) for picture in pictures]
-            sources = [session.keep(path) for path in files]
+            with explained(language, "full"):
+                shown = [save_reduced(session, picture) for picture in pictures]
+                sources = [session.keep(path) for path in files]
         except InputError as error:
             warn(language, error)
             session.bring_back(former)
@@ -150,7 +152,7 @@ class Talk:
         except InputError as error:
             warn(language, text(language, "bad_message", reason=error))
         except RuntimeError as error:  # out of memory, for instance: the page goes on, the conversation is as before
-            warn(language, text(language, "failed", reason=str(error).splitlines()[0]))
+            warn(language, text(language, "failed", reason=one_line(error)))
         finally:
             stream.close()
             answered = len(branch.chat.transcript) > turns
@@ -284,8 +286,14 @@ class Talk:
             if session.branch is None or not session.branch.chat.transcript:
                 tell(language, text(language, "nothing"))
                 return None
-            path = session.file(time.strftime("visualrwkv-%Y%m%d-%H%M.safetensors"))
-            session.branch.chat.save(path)
+            try:
+                with explained(language, "full"):
+                    path = session.file(time.strftime("visualrwkv-%Y%m%d-%H%M.safetensors"))
+                with explained(language, "full", path):
+                    session.branch.chat.save(path)
+            except InputError as error:
+                warn(language, error)
+                return None
             return str(path)
 
     def load(self, upload, language, model, prompt, scan, request: gr.Request):

@@ -130,6 +130,7 @@ TEXTS = {
         "{reason}",
         "无法载入对话。请选择用同一个模型保存的、完好的对话文件。详细原因：{reason}",
     ),
+    "full": ("Files cannot be kept at present: {reason}", "目前无法保存文件：{reason}"),
     "draft": (
         "The box holds a message that was not sent. Send or clear it first.",
         "输入框里还有未发送的消息，请先发送或清空。",

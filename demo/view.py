@@ -9,6 +9,7 @@ import gradio as gr
 from visualrwkv import InputError
 from visualrwkv.demo.sessions import Branch
 from visualrwkv.demo.texts import text
+from visualrwkv.errors import one_line
 
 SHOWN_SIDE = 768  # pixels; the page shows the picture as the model was given it, reduced to this
 
@@ -23,11 +24,13 @@ def warn(language, message):
 
 @contextmanager
 def explained(language, key, path=None):
-    """What the library refuses in here is refused in the reader's language; of `path` only the name is shown."""
+    """What the library or the disk refuses in here is refused in the reader's language; of `path` only the name is
+    shown."""
     try:
         yield
-    except InputError as error:
-        reason = str(error) if path is None else str(error).replace(str(path), Path(path).name)
+    except (InputError, OSError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error, 1000)
+        reason = reason if path is None else reason.replace(str(path), Path(path).name)
         raise InputError(text(language, key, reason=reason)) from None
 
 

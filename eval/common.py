@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from visualrwkv.errors import InputError
+from visualrwkv.errors import InputError, one_line
 from visualrwkv.prompt import MARKER, SHORT_ANSWER, Turn
 
 SHORT = f"\n{SHORT_ANSWER}"
@@ -230,5 +230,6 @@ def understood(path, what):
     except KeyError as error:
         raise InputError(f"{path}: not {what}: it lacks {error}; pass the right file") from None
     except (TypeError, AttributeError, IndexError, ValueError, RecursionError, csv.Error, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: not {what}: {reason}; download it again or pass the right file") from None
+        raise InputError(
+            f"{path}: not {what}: {one_line(error, 200)}; download it again or pass the right file"
+        ) from None

@@ -76,14 +76,16 @@ class VisualRWKVForLmmsEval(lmms):
         options = batch[0][1]
         questions = [context.replace(MARKER, "") for context, *_ in batch]
         pictures = [to_visual(self.task_dict[task][split][id]) for _, _, to_visual, id, task, split in batch]
-        texts = self.vlm.ask([list(shown or ()) for shown in pictures], questions, **self._sampling(options))
-        until = options.get("until") or []
-        return [_cut(text, [until] if isinstance(until, str) else until) for text in texts]
+        return self.vlm.ask([list(shown or ()) for shown in pictures], questions, **self._sampling(options))
 
     def _sampling(self, options):
         if options.get("num_beams") not in _SINGLE_BEAM:
             raise InputError(f"num_beams is {options['num_beams']}; only one beam is searched here, pass num_beams=1")
-        sampling = {"max_new_tokens": int(options.get("max_new_tokens") or self.max_new_tokens)}
+        until = options.get("until") or []
+        sampling = {
+            "max_new_tokens": int(options.get("max_new_tokens") or self.max_new_tokens),
+            "stop": [stop for stop in ([until] if isinstance(until, str) else until) if stop],
+        }
         if options.get("do_sample", bool(options.get("temperature"))) and options.get("temperature"):
             sampling |= {"temperature": float(options["temperature"]), "top_p": float(options.get("top_p") or 1.0)}
         return sampling
@@ -117,9 +119,3 @@ class VisualRWKVForLmmsEval(lmms):
     def generate_until_multi_round(self, requests):
         """Not needed by the benchmarks of this project."""
         raise NotImplementedError("VisualRWKV answers generate_until tasks; choose a task of one round")
-
-
-def _cut(text, until):
-    """The text up to the first of the stop strings."""
-    places = [at for stop in until if stop and (at := text.find(stop)) >= 0]
-    return text[: min(places)].strip() if places else text

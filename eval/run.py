@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from visualrwkv.errors import InputError
+from visualrwkv.errors import InputError, one_line
 from visualrwkv.eval.commands import ASKED, COMPARED, RUN_FILE, differing, open_benchmark, read_run
 from visualrwkv.eval.predictions import join, shard_files
 from visualrwkv.prompt import build_prompt
@@ -158,7 +158,7 @@ class Answerer:
             picture = load_image(self.bench.picture(question))
             return self.vlm.processor.image_processor(picture, return_tensors="pt")["pixel_values"]
         except (InputError, OSError, ValueError, KeyError) as error:
-            return " ".join(str(error).split())
+            return one_line(error)
 
     def _window(self, window, pixels):
         pixels = {image: job.result() for image, job in pixels.items()}

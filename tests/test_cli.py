@@ -287,7 +287,7 @@ def test_paths_as_people_type_them(talk, vlm, random_folder, picture_file, tmp_p
 def test_a_key_that_keeps_nobody_out_is_refused(run):
     for key in ("", " ", "schlüssel"):
         refused(run("serve", "--port", "0", "--api-key", key), "--api-key is")
-    refused(run("serve", "--port", "0", "--host", "a..b"), "a..b:0 cannot be listened on")
+    refused(run("serve", "--port", "0", "--host", "a..b"), "a..b, port 0: cannot be listened on")
 
 
 def test_a_bad_line_does_not_end_a_chat(talk, vlm, random_folder, tmp_path):

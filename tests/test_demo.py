@@ -3,7 +3,9 @@
 Beside it: `test_demo_sessions.py`, `test_demo_server.py`, and `test_demo_browser.py`, which looks at the page.
 """
 
+import errno
 import html
+import os
 import re
 import shutil
 import string
@@ -17,7 +19,8 @@ from demo_controls import SHORT, controls
 from PIL import Image
 
 import visualrwkv
-from visualrwkv import InputError
+from visualrwkv import InputError, saved_chat
+from visualrwkv.configuration import POSITIONS, SCANS
 from visualrwkv.image_processing import load_image
 
 gr = pytest.importorskip("gradio")
@@ -63,7 +66,7 @@ def test_every_text_is_there_in_both_languages():
     files = set(Path(panel.__file__).parent.glob("*.py")) - {Path(texts.__file__)}
     source = "".join(path.read_text(encoding="utf-8") for path in files)
     literal = set(re.findall(r'["\'](\w+)["\']', source))
-    built = {f"{kind}_{name}" for kind in ("prompt", "scan") for name in literal}
+    built = {f"prompt_{name}" for name in POSITIONS} | {f"scan_{name}" for name in SCANS}
     assert set(texts.TEXTS) <= literal | built  # no text is left over
     assert [texts.language_of(header) for header in ("zh-CN,zh;q=0.9", "en-US,zh;q=0.5", None)] == ["zh", "en", "en"]
 
@@ -384,6 +387,22 @@ def test_what_the_library_refuses_is_told_in_chinese(talk, told, files, random_f
     ):
         refused()
         assert expected in told[-1] and str(tmp_path) not in told[-1], told
+
+
+def test_a_full_disk_loses_nothing(talk, told, files, monkeypatch, tmp_path):
+    before = words(say(talk, "What?", files[0])[-1][0])
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "file"))
+
+    monkeypatch.setattr(saved_chat, "save_file", full)
+    assert talk.save("en", caller()) is None
+    monkeypatch.setattr(Image.Image, "save", full)
+    (shown,) = say(talk, "Why?", files[1])
+    assert words(shown[0]) == before and shown[1] == gr.skip()
+    for said in told:
+        assert "No space left" in said and str(tmp_path) not in said, told
+    assert len(told) == 2
 
 
 def test_the_field_of_the_seed(talk, told):

@@ -23,15 +23,15 @@ ROOT = PACKAGE.parent
 
 # A module imports only from layers above its own in this list (packages may import within themselves).
 LAYERS = [
-    ["errors", "state", "ops"],
+    ["errors"],
+    ["addresses", "prompt", "scan", "state", "ops"],
     [
         "projector",
         "cuda_graphs",
         "configuration",
-        "prompt",
-        "scan",
         "tokenization",
         "image_processing",
+        "info",
         "scenes",
         "yaml_fields",
     ],
@@ -39,7 +39,7 @@ LAYERS = [
     ["rwkv", "decoding", "runs"],
     ["modeling", "session"],
     ["checkpoints", "chat", "registration"],
-    ["loading", "info", "terminal", "serving"],
+    ["loading", "terminal", "serving"],
     ["scenes.accuracy", "data", "engine"],
     ["scenes.card"],
     ["building"],
@@ -200,7 +200,7 @@ def test_the_evaluation_uses_public_names():
 
 
 def test_the_demo_uses_public_names():
-    allowed = {"InputError", "demo", "image_processing", "loading", "scenes"}
+    allowed = {"InputError", "addresses", "configuration", "demo", "errors", "image_processing", "scenes"}
     seen = set()
     for path in (ROOT / "demo").glob("*.py"):
         for name, _ in imports_of(path):

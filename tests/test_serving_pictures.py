@@ -1,5 +1,7 @@
 """Pictures that the endpoint fetches from the web, where that is allowed: from the public internet, within limits."""
 
+import contextlib
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -8,7 +10,7 @@ import pytest
 
 from visualrwkv.errors import InputError
 from visualrwkv.image_processing import load_image
-from visualrwkv.serving import requests
+from visualrwkv.serving import fetching, requests
 
 PRIVATE = """127.0.0.1 10.0.0.1 192.168.1.1 172.16.0.1 169.254.169.254 0.0.0.0 100.64.0.1 224.0.0.1 255.255.255.255 ::1
 :: fe80::1 fe80::1%eth0 fd00::1 ::ffff:127.0.0.1 2002:7f00:1:: 64:ff9b::7f00:1"""
@@ -16,11 +18,11 @@ PRIVATE = """127.0.0.1 10.0.0.1 192.168.1.1 172.16.0.1 169.254.169.254 0.0.0.0 1
 
 @pytest.mark.parametrize("address", PRIVATE.split())
 def test_addresses_that_are_not_public(address):
-    assert not requests.is_public(address)
+    assert not fetching.is_public(address)
 
 
 def test_public_addresses():
-    assert requests.is_public("1.1.1.1") and requests.is_public("2606:4700:4700::1111")
+    assert fetching.is_public("1.1.1.1") and fetching.is_public("2606:4700:4700::1111")
 
 
 REMOTE = requests.Limits(remote_images=True, remote_bytes=20_000, remote_seconds=1.0)
@@ -54,7 +56,7 @@ def web(picture_file, monkeypatch):
         def log_message(self, *_):
             pass
 
-    monkeypatch.setattr(requests, "is_public", lambda address: True)
+    monkeypatch.setattr(fetching, "is_public", lambda address: True)
     server = HTTPServer(("127.0.0.1", 0), Pages)
     server.handle_error = lambda *_: None  # clients that give up are what is tested
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -77,3 +79,26 @@ def test_remote_pictures_within_limits(web, pictures):
     for address in ("http://", "http://:80/", "http://[::1", "http://127.0.0.1:99999/", "https://a b/"):
         with pytest.raises(InputError, match="no host"):
             requests.open_source(address, REMOTE, REMOTE.remote_seconds)
+
+
+def test_a_handshake_that_never_ends(monkeypatch):
+    """A host that says a byte now and then keeps any limit of a single wait."""
+    monkeypatch.setattr(fetching, "is_public", lambda address: True)
+    host, heard = socket.create_server(("127.0.0.1", 0)), []
+
+    def drip():
+        client, _ = host.accept()
+        with client, contextlib.suppress(OSError):
+            client.sendall(b"\x16\x03\x03\x40\x00")  # the head of a record of 16 KiB
+            for _ in range(100):
+                client.sendall(b"\x02")
+                heard.append(1)
+                time.sleep(0.1)
+
+    thread = threading.Thread(target=drip)
+    thread.start()
+    with pytest.raises(InputError, match="more than 1 s"):
+        requests.open_source(f"https://127.0.0.1:{host.getsockname()[1]}/", REMOTE, REMOTE.remote_seconds)
+    thread.join()
+    assert len(heard) < 100  # the connection was cut
+    host.close()

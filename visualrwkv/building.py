@@ -4,7 +4,7 @@ import itertools
 from dataclasses import fields
 from pathlib import Path
 
-from visualrwkv.errors import InputError
+from visualrwkv.errors import InputError, one_line
 
 _VOCAB_FILE = "rwkv_vocab.txt"
 _IMAGE_FILE = "preprocessor_config.json"
@@ -39,7 +39,6 @@ def _load(recipe):
 
 def _start(recipe):
     from visualrwkv.configuration import VisualRWKVConfig, VisualRWKVTextConfig
-    from visualrwkv.loading import one_line
     from visualrwkv.modeling import VisualRWKVForConditionalGeneration
     from visualrwkv.processing import VisualRWKVProcessor
     from visualrwkv.streaming import turn_end_ids
@@ -109,13 +108,12 @@ def fill_tower(model, vision):
     try:
         model.vit.load_state_dict(weights)
     except RuntimeError as error:
-        raise InputError(f"{source}: does not fit the tower: {' '.join(str(error).split())[:300]}") from error
+        raise InputError(f"{source}: does not fit the tower: {one_line(error)}") from error
 
 
 def image_processor_for(new, config):
     """As the tower saw its pictures: the folder's own file, or a new one of the tower's size with the options given."""
     from visualrwkv.image_processing import VisualRWKVImageProcessor
-    from visualrwkv.loading import one_line
 
     try:
         if isinstance(new.vision, str) and (Path(new.vision) / _IMAGE_FILE).is_file():

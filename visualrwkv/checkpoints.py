@@ -18,6 +18,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from visualrwkv.checkpoint_layout import from_official, text_config, to_official, vision_config
@@ -58,7 +59,7 @@ def load_checkpoint(
     tensors, source = _read_parts(path, second, whole=vision is None)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
-    return _build(tensors, source, device, dtype or _language_dtype(tensors), scan, prompt, vision, vision_heads)
+    return _build(tensors, source, path, device, dtype or _language_dtype(tensors), scan, prompt, vision, vision_heads)
 
 
 def load_language_model(path) -> tuple[VisualRWKVTextConfig, dict[str, Tensor]]:
@@ -103,7 +104,7 @@ def convert(src, dst) -> list[Path]:
         _save_safetensors(tensors, dst / "model.safetensors")
         tokenizer_beside(src, config).save_pretrained(dst)
     else:
-        model, processor = _build(*_read_parts(src), device="cpu", dtype=None)
+        model, processor = _build(*_read_parts(src), src, device="cpu", dtype=None)
         model.save_pretrained(dst, max_shard_size="4GB")
         processor.save_pretrained(dst)
     return [dst]
@@ -128,7 +129,7 @@ def read_tensors(path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore", UserWarning)
             # only files in the zip format, which torch writes since 2020, can be mapped
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (*_UNREADABLE, pickle.UnpicklingError, _safetensor_error()) as error:
+    except (*_UNREADABLE, pickle.UnpicklingError, SafetensorError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:120]
         raise InputError(
             f"{path}: not a readable checkpoint ({type(error).__name__}: {reason}); is it complete? Download it again"
@@ -155,7 +156,7 @@ def tokenizer_beside(path, config: VisualRWKVTextConfig):
     return RWKVWorldTokenizer()
 
 
-def _build(tensors, source, device, dtype, scan=None, prompt=None, vision=None, vision_heads=None):
+def _build(tensors, source, path, device, dtype, scan=None, prompt=None, vision=None, vision_heads=None):
     """The model on the meta device, then its tensors put in one by one: memory never holds two sets of weights."""
     from visualrwkv.image_processing import VisualRWKVImageProcessor
     from visualrwkv.modeling import VisualRWKVForConditionalGeneration
@@ -164,7 +165,7 @@ def _build(tensors, source, device, dtype, scan=None, prompt=None, vision=None, 
 
     text = text_config(tensors, source, "rwkv.")
     old = text.version == 5
-    tokenizer = tokenizer_beside(source.split(" and ")[0], text)
+    tokenizer = tokenizer_beside(path, text)
     config = VisualRWKVConfig(
         text_config=text,
         vision_config=vision or vision_config(tensors, source, vision_heads),
@@ -312,12 +313,6 @@ def _check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], source
     ]
     if problems:
         raise InputError(f"{source}: the tensors do not fit the model: {'; '.join(problems)}; is the file complete?")
-
-
-def _safetensor_error() -> type[Exception]:
-    from safetensors import SafetensorError
-
-    return SafetensorError
 
 
 def _save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:

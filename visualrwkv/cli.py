@@ -290,6 +290,7 @@ def run_serve(arguments):
         if getattr(arguments, name) < least:
             option = name.replace("_", "-")
             raise InputError(f"--{option} is {getattr(arguments, name)}; use a whole number from {least}")
+    from visualrwkv.addresses import is_local
     from visualrwkv.serving import app
 
     key = os.environ.get("VISUALRWKV_API_KEY") or None if arguments.api_key is None else arguments.api_key
@@ -303,7 +304,7 @@ def run_serve(arguments):
     )
     settings = app.Settings(app.model_name(arguments.model), arguments.slots, arguments.queue, key, limits)
     with app.listen(arguments.host, arguments.port) as listener:
-        if key is None and arguments.host not in ("127.0.0.1", "localhost", "::1"):
+        if key is None and not is_local(arguments.host):
             print("Whoever reaches this address can use it; --api-key KEY asks for a key.", file=sys.stderr)
         app.serve(_load(arguments), settings, listener)
 

@@ -8,9 +8,9 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from visualrwkv.errors import InputError
+from visualrwkv.prompt import POSITIONS
+from visualrwkv.scan import SCANS
 
-SCANS = ("bi", "uni", "multi")
-PROMPTS = ("sandwich", "first", "last")
 PROJECTORS = ("linear", "mlp")
 IMAGE_TOKEN_ID = 65535  # free in the 65,529-entry World vocabulary, whose tables have 65,536 rows
 
@@ -62,6 +62,11 @@ class VisualRWKVTextConfig(PreTrainedConfig):
         """Numbers in the state of one sequence: the WKV matrices and two token-shift vectors per layer."""
         return self.num_hidden_layers * (self.attention_size * self.head_size + 2 * self.hidden_size)
 
+    def state_bytes(self, itemsize: int) -> int:
+        """Bytes of the state: matrices in float32, token-shift vectors in the model's dtype of `itemsize` bytes."""
+        shifts = 2 * self.hidden_size * self.num_hidden_layers
+        return 4 * (self.state_size - shifts) + itemsize * shifts
+
 
 @strict
 class VisualRWKVVisionConfig(PreTrainedConfig):
@@ -98,7 +103,7 @@ class VisualRWKVConfig(PreTrainedConfig):
 
     Args:
         scan: order in which the layers read the patches of an image, one of `SCANS`.
-        prompt: where the image stands in the user's turn, one of `PROMPTS`.
+        prompt: where the image stands in the user's turn, one of `POSITIONS`.
         grid_size: pooling of the patches: -1 all, 0 the CLS feature alone, g >= 1 an average grid of g x g.
         projector: `linear` (released checkpoints) or `mlp` (layer norm, two layers, GELU).
         image_token_id: placeholder, repeated once per image feature.
@@ -130,7 +135,7 @@ class VisualRWKVConfig(PreTrainedConfig):
             self.vision_config = VisualRWKVVisionConfig(**(self.vision_config or {}))
         for name, value, known in (
             ("scan", self.scan, SCANS),
-            ("prompt", self.prompt, PROMPTS),
+            ("prompt", self.prompt, POSITIONS),
             ("projector", self.projector, PROJECTORS),
         ):
             if value not in known:

@@ -15,6 +15,12 @@ def short(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The message of an exception on one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
 def error_line(error: object) -> str:
     """How every command reports an error, on one line."""
     return "visualrwkv: error: " + " ".join(str(error).split())

@@ -8,6 +8,9 @@ PACKAGES = (
     "torch",
     "transformers",
     "open_clip_torch",
+    "timm",
+    "pillow",
+    "numpy",
     "gradio",
     "safetensors",
     "huggingface_hub",
@@ -16,19 +19,26 @@ PACKAGES = (
 )
 
 
+def versions() -> dict[str, str | None]:
+    """Versions of this package, of Python and of what the results depend on; None where one is not installed."""
+    from visualrwkv import __version__
+
+    found: dict[str, str | None] = {"visualrwkv": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
 def installation() -> list[tuple[str, str]]:
     """Versions, devices and the form of the operator, as (name, value) pairs."""
     import torch
 
-    from visualrwkv import __version__
     from visualrwkv.ops.build import describe
 
-    rows = [("visualrwkv", __version__), ("python", platform.python_version())]
-    for package in PACKAGES:
-        try:
-            rows.append((package, metadata.version(package)))
-        except metadata.PackageNotFoundError:
-            rows.append((package, "not installed"))
+    rows = [(package, version or "not installed") for package, version in versions().items()]
     rows.append(("cpu", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"))
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
@@ -63,8 +73,7 @@ def model_sizes(model) -> list[tuple[str, str]]:
     )
     recurrence = 5 * text.attention_size * text.head_size * text.num_hidden_layers
     dtype = next(model.parameters()).dtype
-    shifts = 2 * text.hidden_size * text.num_hidden_layers
-    state = 4 * (text.state_size - shifts) + dtype.itemsize * shifts
+    state = text.state_bytes(dtype.itemsize)
     rows, columns = config.feature_grid
     return [
         ("language model", f"RWKV-{text.version}, {counts['rwkv']:,} parameters"),
@@ -78,7 +87,10 @@ def model_sizes(model) -> list[tuple[str, str]]:
         ("scan, prompt", f"{config.scan}, {config.prompt}"),
         ("dtype, device", f"{str(dtype).removeprefix('torch.')}, {model.device}"),
         ("weights", f"{sum(parameter.nbytes for parameter in model.parameters()):,} bytes"),
-        ("state", f"{text.state_size:,} numbers, {state:,} bytes for each conversation, however long"),
+        (
+            "state",
+            f"{text.state_size:,} numbers, {state:,} bytes for each conversation, however long",
+        ),
         ("one token", f"{2 * (matrices + low_rank) + recurrence:,} FLOPs"),
     ]
 

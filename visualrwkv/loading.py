@@ -10,7 +10,7 @@ import os
 import re
 from pathlib import Path
 
-from visualrwkv.errors import InputError
+from visualrwkv.errors import InputError, one_line
 
 EMBEDDED = Path(__file__).parent / "assets" / "tiny"
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -268,12 +268,6 @@ def _replace(config, name, value):
 def _names(keys, limit=8):
     names = sorted(key if isinstance(key, str) else key[0] for key in keys)
     return names[:limit] + ["..."] * (len(names) > limit)
-
-
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """The message of an exception on one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[:limit] + "..."
 
 
 @contextlib.contextmanager

@@ -132,12 +132,9 @@ class VisualRWKVProcessor(ProcessorMixin):
         return self._batch(rows, flatten_images(sources), padding=True, return_tensors="pt")
 
     def _batch(self, rows: list[list[int]], sources: list, padding: bool, return_tensors: str | None) -> BatchFeature:
-        width = max(map(len, rows), default=0) if padding else 0
-        pads = [max(0, width - len(row)) for row in rows]
         data: dict[str, Any] = {}
         if rows:
-            data["input_ids"] = [[self.tokenizer.pad_token_id] * pad + row for pad, row in zip(pads, rows, strict=True)]
-            data["attention_mask"] = [[0] * pad + [1] * len(row) for pad, row in zip(pads, rows, strict=True)]
+            data |= self.tokenizer.pad({"input_ids": rows}, padding=padding)
         if sources:
             data["pixel_values"] = self.image_processor(sources)["pixel_values"]
         return BatchFeature(data, tensor_type=return_tensors)

@@ -10,6 +10,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from visualrwkv.errors import InputError, short
+from visualrwkv.info import versions
 from visualrwkv.recipe import load_recipe
 
 # What makes it another run: who changes one of these in the same folder would be given the former run's result.
@@ -200,13 +201,4 @@ def require_accelerate():
 
 def write_versions(folder):
     """versions.json: what the finished model was trained with."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    import visualrwkv
-
-    versions = {"visualrwkv": visualrwkv.__version__, "python": platform.python_version()}
-    for name in ("torch", "transformers", "accelerate", "open_clip_torch", "timm", "pillow", "numpy"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    (Path(folder) / "versions.json").write_text(json.dumps(versions, indent=2) + "\n", encoding="utf-8")
+    (Path(folder) / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from visualrwkv.errors import InputError
+from visualrwkv.errors import InputError, one_line
 from visualrwkv.prompt import Turn
 from visualrwkv.state import RWKVState
 
@@ -73,7 +73,7 @@ def write_chat(path: str | os.PathLike, moment: Moment, fingerprint: str) -> Non
     except InputError:
         raise
     except (OSError, ValueError, SafetensorError) as error:  # ValueError: a name with a zero byte
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()).replace(partial.name, path.name)
+        reason = getattr(error, "strerror", None) or one_line(error).replace(partial.name, path.name)
         raise InputError(f"{path}: the conversation cannot be written: {reason}") from None
     finally:
         with contextlib.suppress(OSError, ValueError):
@@ -101,7 +101,7 @@ def read_chat(path: str | os.PathLike, config, tokenizer, fingerprint) -> Moment
             # copies: the file is mapped into memory, and whoever writes it later would write into the state
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise InputError(f"{path}: not a saved conversation ({reason}); pass a file that chat.save wrote") from None
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():

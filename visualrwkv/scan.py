@@ -13,10 +13,11 @@ from torch import Tensor
 from visualrwkv.errors import InputError
 
 _CYCLES = {
-    "uni": ("forward",),
     "bi": ("forward", "backward"),
+    "uni": ("forward",),
     "multi": ("forward", "backward", "downward", "upward"),
 }
+SCANS = tuple(_CYCLES)
 
 
 class Order(NamedTuple):

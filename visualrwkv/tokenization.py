@@ -40,6 +40,7 @@ class Vocabulary:
         self.tokens = tokens
         self.ids = {token: index for index, token in tokens.items()}
         self.max_id = max(tokens, default=0)
+        self.longest = max(map(len, self.ids), default=0)  # bytes
         missing = [byte for byte in range(256) if bytes([byte]) not in self.ids]
         if missing:
             raise InputError(f"{source}: {len(missing)} of the 256 single bytes are missing, first {missing[0]:#04x}")

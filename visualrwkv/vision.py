@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visualrwkv.configuration import VisualRWKVVisionConfig
-from visualrwkv.errors import InputError
+from visualrwkv.errors import InputError, one_line
 from visualrwkv.ops.linear import Linear
 from visualrwkv.ops.wide import WideProducts, slow_in_bfloat16
 
@@ -125,7 +125,7 @@ def describe_tower(tower: dict, embed_dim: int, quick_gelu: bool = False, name: 
             visual = _build_visual(tower, embed_dim, quick_gelu)
             patches, cls = _features(visual.eval(), torch.empty(1, 3, size, size))
     except (AssertionError, RuntimeError, TypeError) as error:  # how the libraries refuse sizes that do not fit
-        raise InputError(f"vision tower {name or tower}: {' '.join(str(error).split())}") from error
+        raise InputError(f"vision tower {name or tower}: {one_line(error)}") from error
     side = round(patches.shape[1] ** 0.5)
     if side * side != patches.shape[1]:
         raise InputError(f"vision tower {name or tower}: {patches.shape[1]} patches do not form a square grid")

@@ -4,7 +4,7 @@ import dataclasses
 import types
 import typing
 
-from visualrwkv.errors import InputError
+from visualrwkv.errors import InputError, one_line
 
 
 def read(path, wanted):
@@ -25,7 +25,7 @@ def read(path, wanted):
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); pass {wanted}") from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise InputError(f"{path}: not valid YAML: {one_line(error)}") from error
     if not isinstance(raw, dict):
         raise InputError(f"{path}: a recipe is a mapping of keys to values, this file holds {type(raw).__name__}")
     return raw

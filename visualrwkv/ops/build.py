@@ -31,6 +31,8 @@ from pathlib import Path
 
 import torch
 
+from visualrwkv.errors import one_line
+
 logger = logging.getLogger(__name__)
 
 DEVICES = ("cpu", "cuda")
@@ -147,7 +149,7 @@ def load(retry: bool = False, device: str = "cpu") -> str:
                     _load(retry, name)
                     _outcomes[name] = ""
                 except (BuildError, OSError, RuntimeError) as error:
-                    _outcomes[name] = " ".join(str(error).split()) or type(error).__name__
+                    _outcomes[name] = one_line(error)
                     warnings.warn(
                         f"the {TITLES[name]} are not available, the PyTorch form is used: {_outcomes[name]} "
                         f"(after a change, `{COMMAND}` tries again)",

@@ -23,7 +23,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
-from visualrwkv.errors import InputError
+from visualrwkv.addresses import bind, in_address
 from visualrwkv.serving.engine import Engine, ServedReply, ShuttingDown
 from visualrwkv.serving.requests import ChatRequest, Limits, Refused, check_prompt, parse, read_pictures
 
@@ -382,19 +382,13 @@ def make_server(vlm, settings: Settings):
 def serve(vlm, settings: Settings, listener: socket.socket) -> None:
     """Serve on a listening socket until Ctrl-C; replies under way get some seconds to end."""
     host, port = listener.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    print(f"{settings.model} on http://{shown}:{port}/v1; Ctrl-C ends", file=sys.stderr, flush=True)
+    print(f"{settings.model} on http://{in_address(host)}:{port}/v1; Ctrl-C ends", file=sys.stderr, flush=True)
     make_server(vlm, settings).run(sockets=[listener])
 
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket bound to the address, before any model is loaded; InputError if it cannot be had."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server((host, port), family=family, backlog=1024)
-    except (OSError, OverflowError, UnicodeError) as error:  # UnicodeError: no name of a host
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{host}:{port} cannot be listened on: {reason}; choose another --host or --port") from None
+    listener = bind(host, port)
     # Connections take it over. Without it the body of an answer waits 40 ms for the client to confirm its headers.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener

@@ -3,23 +3,18 @@
 Nothing is ignored silently: a field or value without effect here is refused by name.
 """
 
-import http.client
-import ipaddress
 import json
-import socket
-import ssl
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
-from urllib.parse import urlsplit
 
 from visualrwkv.errors import InputError, short
 from visualrwkv.image_processing import load_image
 from visualrwkv.prompt import Turn, check_question, turns_from_messages
 from visualrwkv.sampling import Sampling
+from visualrwkv.serving.fetching import fetch
 from visualrwkv.serving.pictures import Picture, RecentPictures
 
 # name in the request -> field of Sampling
@@ -223,8 +218,7 @@ def _check_message(message: Any, name: str) -> None:
 
 def check_prompt(request: ChatRequest, processor, limits: Limits) -> list[int]:
     """Ids of the prompt, through the one prompt builder; the length is looked at before any picture is opened."""
-    longest = max(map(len, processor.tokenizer.vocabulary.tokens.values()))
-    words = sum(len(turn.text.encode()) for turn in request.turns) // longest
+    words = sum(len(turn.text.encode()) for turn in request.turns) // processor.tokenizer.vocabulary.longest
     positions = words + len(request.sources) * processor.num_image_tokens
     if positions <= limits.prompt_tokens:
         ids, _ = processor.encode_turns(request.turns, open_reply=True)
@@ -264,76 +258,7 @@ def open_source(source: str, limits: Limits, seconds: float) -> str | bytes:
         raise InputError(
             "this server fetches no addresses (it was started without --allow-remote-images); send a data URI"
         )
-    return fetch(source, limits, seconds)
-
-
-def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the open internet: not this machine, not its network, not a reserved range."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if ip.version == 6:
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
-        if inner is None and ip in ipaddress.ip_network("64:ff9b::/96"):  # NAT64
-            inner = ipaddress.ip_address(int(ip) & 0xFFFFFFFF)
-        if inner is not None:
-            return is_public(str(inner)) and ip.is_global
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
-
-
-def fetch(url: str, limits: Limits, seconds: float) -> bytes:
-    """The bytes behind an address on the web.
-
-    The connection goes to the very address that was checked, so a name that changes its meaning in between leads
-    nowhere; redirects are refused.
-    """
     try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM) if host else []
-    except (ValueError, OSError):
-        found = []
-    addresses = [entry[4][0] for entry in found]
-    if not addresses:
-        raise InputError("the address of the picture leads to no host")
-    if not all(map(is_public, addresses)):
-        raise InputError("the address of the picture is not on the public internet; send a data URI")
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    if not target.isascii() or any(character <= " " for character in target):
-        raise InputError("the address of the picture holds characters that must be percent-encoded")
-    too_late = InputError(f"the picture could not be fetched: more than {limits.remote_seconds:g} s")
-    if seconds <= 0:
-        raise too_late
-    connection = http.client.HTTPConnection(host, port)
-    late = threading.Event()
-    clock = None
-    try:
-        raw = socket.create_connection((addresses[0], port), timeout=seconds)
-        connection.sock = raw
-
-        def give_up():
-            late.set()
-            raw.shutdown(socket.SHUT_RDWR)
-
-        clock = threading.Timer(seconds, give_up)
-        clock.daemon = True
-        clock.start()
-        if parts.scheme == "https":
-            raw = connection.sock = ssl.create_default_context().wrap_socket(raw, server_hostname=host)
-        connection.request("GET", target, headers={"Accept": "image/*", "User-Agent": "visualrwkv"})
-        answer = connection.getresponse()
-        if answer.status != 200:
-            more = "; redirects are not followed" if 300 <= answer.status < 400 else ""
-            raise InputError(f"the host of the picture answers with status {answer.status}{more}")
-        data = answer.read(limits.remote_bytes + 1)
-    except (OSError, http.client.HTTPException) as error:
-        if late.is_set() or isinstance(error, TimeoutError):
-            raise too_late from None
-        raise InputError(f"the picture could not be fetched: {type(error).__name__}") from None
-    finally:
-        if clock:
-            clock.cancel()
-        connection.close()
-    if late.is_set():
-        raise too_late
-    if len(data) > limits.remote_bytes:
-        raise InputError(f"the picture is larger than {limits.remote_bytes / 2**20:g} MiB")
-    return data
+        return fetch(source, limits.remote_bytes, seconds)
+    except TimeoutError:
+        raise InputError(f"the picture could not be fetched: more than {limits.remote_seconds:g} s") from None
