@@ -8,8 +8,8 @@ import pytest
 
 from visualrwkv.cli import main
 from visualrwkv.eval import benchmark
+from visualrwkv.eval.answering import prompt_text
 from visualrwkv.eval.common import Question
-from visualrwkv.eval.run import prompt_text
 
 GOLDEN = Path(__file__).parent / "golden" / "eval"
 POSITIONS = {"middle": "sandwich", "first": "first", "last": "last"}

@@ -14,8 +14,9 @@ import pytest
 from visualrwkv.cli import main
 from visualrwkv.errors import InputError
 from visualrwkv.eval import benchmark, run
+from visualrwkv.eval.answering import Answerer, windows
 from visualrwkv.eval.common import Question
-from visualrwkv.eval.run import Answerer, chunk, describe_model, which_shard, windows
+from visualrwkv.eval.run import chunk, describe_model, which_shard
 
 GOLDEN = Path(__file__).parent / "golden" / "eval"
 

@@ -343,8 +343,6 @@ def run_train(arguments):
 
 def run_inspect(arguments):
     """`visualrwkv inspect`"""
-    import json
-
     from visualrwkv.inspection import inspect, table
     from visualrwkv.loading import load
 
