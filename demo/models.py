@@ -1,6 +1,7 @@
 """The models that the operator offers, loaded when first picked. All ways of reading share one copy of the weights."""
 
 import copy
+import os
 import threading
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import visualrwkv
 from visualrwkv import InputError
 from visualrwkv.configuration import POSITIONS, SCANS
 from visualrwkv.demo.texts import text
+from visualrwkv.paths import without_folders
 
 EMBEDDED = "embedded"
 
@@ -76,7 +78,7 @@ class Models:
             if name is None or not self._loaded:  # the latter is told to the operator, at the start
                 raise
             words = str(error)
-            for path in (str(Path(name).expanduser()), str(name)):
+            for path in (os.path.expanduser(name), name):
                 words = words.replace(path, label)
             raise InputError(words) from None
 
@@ -98,9 +100,7 @@ class Models:
         raise errors[0]
 
     def _free_label(self, name):
-        path = Path(name).expanduser()
-        label = path.resolve().name if path.exists() or path.is_absolute() else name
-        number = 1
+        label, number = without_folders(name), 1
         while label in (*self._names, EMBEDDED):
             number += 1
             label = f"{label.removesuffix(f' ({number - 1})')} ({number})"

@@ -45,11 +45,10 @@ class VisualRWKVForLmmsEval(lmms):
         super().__init__()
         if image_position is not None and image_position not in _POSITIONS:
             raise InputError(f"image_position is {image_position!r}; use one of {', '.join(_POSITIONS)}")
-        if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise InputError(f"batch_size is {batch_size!r}; use a whole number from 1")
+        self.batch_size = _number("batch_size", batch_size, int)
+        self.max_new_tokens = _number("max_new_tokens", max_new_tokens, int)
         device = own_device() if device in (None, "cuda") else device
         self.vlm = load(checkpoint, device=device, dtype=dtype, prompt=_POSITIONS.get(image_position))
-        self.batch_size, self.max_new_tokens = int(batch_size), int(max_new_tokens)
         self.device = self.vlm.model.device
 
     def generate_until(self, requests):
@@ -75,19 +74,30 @@ class VisualRWKVForLmmsEval(lmms):
         """Replies to requests (context, options, doc_to_visual, doc_id, task, split) with equal options."""
         options = batch[0][1]
         questions = [context.replace(MARKER, "") for context, *_ in batch]
-        pictures = [to_visual(self.task_dict[task][split][id]) for _, _, to_visual, id, task, split in batch]
-        return self.vlm.ask([list(shown or ()) for shown in pictures], questions, **self._sampling(options))
+        pictures = [
+            list(to_visual(self.task_dict[task][split][id]) or ()) if question.strip() else []
+            for question, (_, _, to_visual, id, task, split) in zip(questions, batch, strict=True)
+        ]
+        asked = [place for place, question in enumerate(questions) if question.strip()]
+        replies = [""] * len(batch)  # to nothing
+        texts = self.vlm.ask(
+            [pictures[place] for place in asked], [questions[place] for place in asked], **self._sampling(options)
+        )
+        for place, text in zip(asked, texts, strict=True):
+            replies[place] = text
+        return replies
 
     def _sampling(self, options):
         if options.get("num_beams") not in _SINGLE_BEAM:
             raise InputError(f"num_beams is {options['num_beams']}; only one beam is searched here, pass num_beams=1")
         until = options.get("until") or []
         sampling = {
-            "max_new_tokens": int(options.get("max_new_tokens") or self.max_new_tokens),
+            "max_new_tokens": _number("max_new_tokens", options.get("max_new_tokens") or self.max_new_tokens, int),
             "stop": [stop for stop in ([until] if isinstance(until, str) else until) if stop],
         }
         if options.get("do_sample", bool(options.get("temperature"))) and options.get("temperature"):
-            sampling |= {"temperature": float(options["temperature"]), "top_p": float(options.get("top_p") or 1.0)}
+            sampling["temperature"] = _number("temperature", options["temperature"], float)
+            sampling["top_p"] = _number("top_p", options.get("top_p") or 1.0, float)
         return sampling
 
     def loglikelihood(self, requests):
@@ -98,6 +108,10 @@ class VisualRWKVForLmmsEval(lmms):
             context, continuation, to_visual, id, task, split = request.args
             document = self.task_dict[task][split][id]
             text = continuation if isinstance(continuation, str) else continuation(document)
+            if not text.strip():
+                raise InputError(
+                    f"document {id} of {task}: a continuation is empty, which has no likelihood; leave it out"
+                )
             shown = list(to_visual(document) or ())
             turns = [Turn("user", context.replace(MARKER, ""), len(shown)), Turn("assistant", text)]
             results.append(self._likelihood(turns, shown))
@@ -119,3 +133,14 @@ class VisualRWKVForLmmsEval(lmms):
     def generate_until_multi_round(self, requests):
         """Not needed by the benchmarks of this project."""
         raise NotImplementedError("VisualRWKV answers generate_until tasks; choose a task of one round")
+
+
+def _number(name, given, kind):
+    """A setting, which lmms-eval may pass as a string."""
+    try:
+        number = kind(given)
+        if number > 0:
+            return number
+    except (TypeError, ValueError):
+        pass
+    raise InputError(f"{name} is {given!r}; use a {'whole number from 1' if kind is int else 'number above 0'}")

@@ -93,6 +93,9 @@ def test_sampling_repeats_with_a_seed_and_leaves_the_global_generator_alone(vlm,
         (None, "What?", {"stop": ["a", 3]}, "stop is ['a', 3]"),
         (None, "What?", {"beams": 3}, "beams"),
         ([None, None, None], ["a", "b"], {}, "3 pictures for 2 questions"),
+        (None, None, {}, "must be a string, or a list of strings, got NoneType"),
+        (None, {"What?": 1}, {}, "got dict"),
+        (None, b"What?", {}, "got bytes"),
     ],
 )
 def test_bad_input_is_refused_on_one_line(vlm, image, question, options, words):
@@ -104,6 +107,14 @@ def test_bad_input_is_refused_on_one_line(vlm, image, question, options, words):
 def test_an_image_of_900_million_pixels_is_refused_unread(vlm, huge_png):
     with pytest.raises(InputError, match="pixels, the limit is"):
         vlm.ask(huge_png, "What?")
+
+
+def test_the_limit_of_pixels_is_that_of_the_processor(random_folder, pictures):
+    vlm = visualrwkv.load(random_folder)
+    vlm.processor.image_processor.max_pixels = 10
+    for act in (lambda: vlm.ask(pictures[0], "What?"), lambda: vlm.chat().say("What?", pictures[0])):
+        with pytest.raises(InputError, match="the limit is 1e-05 million"):
+            act()
 
 
 def test_a_model_that_computes_no_numbers_is_refused(random_folder, pictures):

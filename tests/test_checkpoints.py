@@ -235,6 +235,7 @@ def test_other_towers_go_back_under_open_clip_names(tmp_path, random_folder):
 
 
 def test_a_vocabulary_beside_the_file_is_used(tmp_path, random_folder):
+    tmp_path = tmp_path / "cats and dogs"
     convert(random_folder, tmp_path / "model.pth")
     message = refusal(visualrwkv.load, tmp_path / "model.pth")  # the World vocabulary would be read in its place
     assert "model.pth: the model has 270 tokens" in message and "needs 65,536; put the rwkv_vocab.txt" in message
@@ -338,6 +339,17 @@ def test_conversions_that_cannot_be(tmp_path, random_folder):
     message = refusal(convert, broken, tmp_path / "b.pth")
     assert "1 missing (proj.weight)" in message
     assert not list(tmp_path.glob("b.pth*"))
+
+
+def test_a_checkpoint_that_cannot_be_written(random_folder, tmp_path, monkeypatch):
+    def full(content, path):
+        path.write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:747] . open file failed")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(InputError, match="x.pth: cannot be written: .*open file failed"):
+        convert(random_folder, tmp_path / "x.pth")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_towers_by_name_are_unaffected_by_the_names_of_files():

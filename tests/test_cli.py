@@ -110,10 +110,16 @@ def test_an_unknown_model_name_without_network(picture_file, tmp_path):
         ["ask", "picture.png", "What?", "--max-new-tokens", "many"],
         ["scenes", "out", "--format", "coco"],
         ["convert", "one"],
+        ["ask", "picture.png", "What?", "--temprature", "1"],
     ],
 )
 def test_wrong_calls(run, call):
     refused(run(*call), "--help")
+
+
+def test_an_unknown_option_leads_to_the_help_of_its_command(run):
+    refused(run("ask", "a.png", "What?", "--temprature", "1"), "unrecognized arguments: --temprature 1", "ask --help")
+    refused(run("train", "x.yaml", "--warmup", "0"), "train --help; a recipe is changed by KEY=VALUE, without dashes")
 
 
 def test_help_and_version_answer_without_torch():
@@ -291,7 +297,14 @@ def test_a_key_that_keeps_nobody_out_is_refused(run):
 
 
 def test_a_bad_line_does_not_end_a_chat(talk, vlm, random_folder, tmp_path):
-    bad = ["/image nowhere.png", "/save", f"/save {tmp_path}/no/folder", "/dance", "What is <image>?"]
+    bad = [
+        "/image nowhere.png",
+        "/save",
+        f"/save {tmp_path}/no/folder",
+        "/dance",
+        "What is <image>?",
+        "/save ~no-such-user/x",
+    ]
     code, out, err = talk([*bad, "What?"], "--model", random_folder)
     assert code == 2 and out == vlm.chat().say("What?", max_new_tokens=8) + "\n"
     assert err.count("visualrwkv: error: ") == len(bad) == err.count("\n")

@@ -82,11 +82,30 @@ def test_stop_strings_and_the_default_length(model, pictures):
     assert cut == whole[: whole.find(stop)].strip()
 
 
+def test_a_question_of_nothing_takes_no_other_along(model, pictures):
+    asked = requests(model, [(pictures[0], "What?"), (pictures[0], "<image>"), (pictures[1], "Why?"), (None, "")])
+    first, nothing, second, again = model.generate_until(asked)
+    expected = [
+        model.vlm.ask(picture, text, max_new_tokens=5)
+        for picture, text in zip(pictures, ["What?", "Why?"], strict=False)
+    ]
+    assert [first, second] == expected and nothing == again == ""
+
+
 def test_what_it_cannot_do_is_said(adapter, model, pictures):
     with pytest.raises(InputError, match="image_position is 'top'; use one of middle"):
         adapter.VisualRWKVForLmmsEval(image_position="top")
     with pytest.raises(InputError, match="batch_size is 'auto'"):
         adapter.VisualRWKVForLmmsEval(batch_size="auto")
+    for name, value in (("max_new_tokens", "x"), ("max_new_tokens", 0), ("max_new_tokens", None), ("batch_size", 0)):
+        with pytest.raises(InputError, match=f"{name} is {value!r}; use a whole number from 1"):
+            adapter.VisualRWKVForLmmsEval(**{name: value})
+    with pytest.raises(InputError, match="temperature is 'x'"):
+        model.generate_until(requests(model, [(pictures[0], "What?")], do_sample=True, temperature="x"))
+    (asked,) = requests(model, [(pictures[0], "What?")])
+    asked.args = ("What?", " ", *asked.args[2:])
+    with pytest.raises(InputError, match="a continuation is empty"):
+        model.loglikelihood([asked])
     with pytest.raises(InputError, match="num_beams is 3"):
         model.generate_until(requests(model, [(pictures[0], "What?")], num_beams=3))
     with pytest.raises(NotImplementedError, match="one round"):

@@ -61,7 +61,13 @@ def test_all_sources_give_the_same_picture(tmp_path):
     array = np.asarray(image)
     uri = "data:image/png;base64," + base64.b64encode(data).decode()
     sources = [image, path, str(path), data, bytearray(data), memoryview(data), uri, array, array / 255]
-    sources += [np.dstack([array, np.full((10, 20), 255, np.uint8)]), Image.open(path)]
+    sources += [
+        np.dstack([array, np.full((10, 20), 255, np.uint8)]),
+        Image.open(path),
+        io.BytesIO(data),
+        path.open("rb"),
+    ]
+    sources += ["DATA:image/png;BASE64," + uri.partition(",")[2], array.astype(">u2") * 257]
     for source in sources:
         loaded = load_image(source)
         assert loaded.mode == "RGB"

@@ -73,6 +73,16 @@ def test_what_is_no_training_set_is_one_line(tmp_path, random_folder, capsys):
     assert cli.main(["inspect", "x", "--max-length", "0"]) == 2
 
 
+def test_pictures_in_another_folder(tmp_path, capsys):
+    cli.main(["scenes", str(tmp_path / "out"), "--format", "llava", "--pictures", "3"])
+    call = ["inspect", str(tmp_path / "out" / "train.json")]
+    capsys.readouterr()
+    assert cli.main(call) == 2
+    out, err = capsys.readouterr()
+    assert "no such file" in out and f"pass --images {tmp_path / 'out' / 'images'}" in err
+    assert cli.main([*call, "--images", str(tmp_path / "out" / "images")]) == 0
+
+
 def test_a_long_conversation_keeps_the_most_turns_that_fit(vlm):
     """Found by halves, and the same as leaving out one turn after the other."""
     turns = [Turn(("user", "assistant")[n % 2], f"word {n} " * (1 + n % 3)) for n in range(41)]

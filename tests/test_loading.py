@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -40,9 +41,25 @@ def test_load_options(random_folder):
         ("prompt", "below"),
         ("scan", "zigzag"),
         ("quantize", "int3"),
+        ("prompt", 3),
+        ("scan", ["uni"]),
     ):
-        with pytest.raises(InputError, match=value):
+        with pytest.raises(InputError, match=re.escape(str(value))):
             visualrwkv.load(random_folder, **{option: value})
+
+
+def test_names_that_are_none(random_folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(random_folder)
+    for name in ("", 123, True, b"path", [str(random_folder)], "a\0b"):
+        with pytest.raises(InputError, match="is no path; pass a folder"):
+            visualrwkv.load(name)
+    for name in ("~no-such-user/model", "x" * 5000):
+        with pytest.raises(InputError, match="no such folder or file"):
+            visualrwkv.load(name)
+    assert visualrwkv.load("embedded").fingerprint() == visualrwkv.load().fingerprint()
+    (tmp_path / "embedded").symlink_to(random_folder)
+    monkeypatch.chdir(tmp_path)
+    assert visualrwkv.load("embedded").fingerprint() == visualrwkv.load(random_folder).fingerprint()
 
 
 def test_float16_is_computed_as_float32_on_the_cpu(random_folder, tmp_path):

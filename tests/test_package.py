@@ -24,7 +24,7 @@ ROOT = PACKAGE.parent
 # A module imports only from layers above its own in this list (packages may import within themselves).
 LAYERS = [
     ["errors"],
-    ["addresses", "prompt", "scan", "state", "ops"],
+    ["addresses", "paths", "prompt", "scan", "state", "ops"],
     [
         "projector",
         "cuda_graphs",
@@ -200,7 +200,7 @@ def test_the_evaluation_uses_public_names():
 
 
 def test_the_demo_uses_public_names():
-    allowed = {"InputError", "addresses", "configuration", "demo", "errors", "image_processing", "scenes"}
+    allowed = {"InputError", "addresses", "configuration", "demo", "errors", "image_processing", "paths", "scenes"}
     seen = set()
     for path in (ROOT / "demo").glob("*.py"):
         for name, _ in imports_of(path):

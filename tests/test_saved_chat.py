@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 
 import pytest
 import torch
@@ -178,6 +179,38 @@ def test_names_that_no_file_can_have(vlm, saved, tmp_path, monkeypatch):
     assert {file.name for file in tmp_path.iterdir()} == {path.name, long, "mine"}
     write({"transcript": json.dumps([TURNS[0] | {"text": "\ud800"}, TURNS[1]])})
     refused(vlm, path)
+
+
+def test_links_are_followed_and_modes_are_kept(vlm, saved, tmp_path):
+    path, _ = saved
+    chat = vlm.chat.load(path)
+    chat.say("Why?", **SHORT)
+    link, fresh = tmp_path / "link", tmp_path / "fresh"
+    link.symlink_to(path)
+    path.chmod(0o640)
+    chat.save(link)
+    assert link.is_symlink() and vlm.chat.load(path).transcript == chat.transcript
+    assert path.stat().st_mode & 0o777 == 0o640
+    former = os.umask(0o027)
+    try:
+        chat.save(fresh)
+    finally:
+        os.umask(former)
+    assert fresh.stat().st_mode & 0o777 == 0o640
+    os.mkfifo(tmp_path / "pipe")
+    for name, words in (
+        ("pipe", "is no file"),
+        ("none/x", "there is no folder"),
+        (5, "5 is no path"),
+        ("", "is no path"),
+    ):
+        with pytest.raises(InputError, match=words):
+            chat.save(tmp_path / name if isinstance(name, str) and name else name)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    with pytest.raises(InputError, match="None is no path"):
+        vlm.chat.load(None)
+    with pytest.raises(InputError, match="~no-such-user/x: the conversation cannot be written: there is no folder"):
+        chat.save("~no-such-user/x")
 
 
 def test_a_full_disk_leaves_the_older_file(vlm, saved, monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """Conversations: what the state has read, fork, undo, looking again."""
 
+import copy
 import threading
 from functools import partial
 
@@ -90,6 +91,15 @@ def test_fork_and_reset(vlm, pictures):
     fork.reset()
     assert (fork.transcript, fork.nbytes) == ([], 0)
     assert fork.say(QUESTIONS[0], pictures[0], **SHORT) == chat.transcript[1]["text"]
+
+
+def test_a_deep_copy_is_a_fork(vlm, pictures):
+    """Frameworks such as Gradio copy what they keep for each visitor."""
+    chat = vlm.chat()
+    chat.say("What?", pictures[0], **SHORT)
+    other = copy.deepcopy({"chat": chat})["chat"]
+    assert other is not chat and other.say("Why?", **SHORT) == chat.fork().say("Why?", **SHORT)
+    assert len(chat.transcript) == 2
 
 
 def test_a_refused_turn_leaves_the_conversation_as_it_was(vlm, pictures):

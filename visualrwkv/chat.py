@@ -5,7 +5,7 @@ have to think about: opening pictures and putting questions into batches. Conver
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import sha256
 
 import torch
@@ -52,6 +52,8 @@ class VisualRWKV:
             InputError: an unusable picture, question or option, or lists of different lengths.
         """
         single = isinstance(question, str)
+        if not isinstance(question, (str, Iterable)) or isinstance(question, (bytes, Mapping)):
+            raise InputError(f"a question must be a string, or a list of strings, got {type(question).__name__}")
         questions = [question] if single else list(question)
         if not questions:
             return []
@@ -107,7 +109,7 @@ class VisualRWKV:
         return digest.hexdigest()
 
     def _prepare(self, pictures, questions):
-        groups = [open_pictures(entry) for entry in pictures]
+        groups = [open_pictures(entry, self.processor.image_processor.max_pixels) for entry in pictures]
         turns = [
             [Turn("user", check_question(text), images=len(group))]
             for text, group in zip(questions, groups, strict=True)

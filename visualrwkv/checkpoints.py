@@ -10,6 +10,7 @@ the wrong shape is named. Files are mapped into memory, so a tensor that already
 | RWKV-5 and RWKV-6 World | `emb`, `blocks`, `ln_out`, `head` |
 """
 
+import contextlib
 import json
 import os
 import pickle
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from visualrwkv.checkpoint_layout import from_official, text_config, to_official, vision_config
 from visualrwkv.configuration import IMAGE_TOKEN_ID, VisualRWKVConfig, VisualRWKVTextConfig, VisualRWKVVisionConfig
-from visualrwkv.errors import InputError
+from visualrwkv.errors import InputError, one_line
 
 _PARTS = {"_rwkv": "_visual", "_visual": "_rwkv"}  # how the two files of a VisualRWKV-5 are named
 _UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError, zipfile.BadZipFile)
@@ -366,8 +367,14 @@ def _folder_to_files(src: Path, dst: Path) -> list[Path]:
         if file.exists():
             raise InputError(f"{file}: exists already; choose another name")
     for file, content in files.items():
-        file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(file.name + ".part")  # an interrupted run leaves no file that looks complete
-        torch.save(content, partial)
-        os.replace(partial, file)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(content, partial)
+            os.replace(partial, file)
+        except (OSError, RuntimeError) as error:  # RuntimeError: how torch says that a disk is full or protected
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or one_line(error)
+            raise InputError(f"{file}: cannot be written: {reason}; make room, or name another place") from None
     return list(files)

@@ -27,6 +27,16 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see {self.prog} --help)")
 
 
+def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """As `parse_args`; unknown options are reported with the help of the command that was called."""
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        command = f"{parser.prog} {arguments.command}"
+        more = "; a recipe is changed by KEY=VALUE, without dashes" if arguments.command == "train" else ""
+        raise InputError(f"unrecognized arguments: {' '.join(unknown)} (see {command} --help{more})")
+    return arguments
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     # An answer is wanted, not a log: transformers reads this when it is first imported.
@@ -38,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     formatwarning = warnings.formatwarning
     try:
         _prepare_terminal()
-        arguments = build_parser().parse_args(argv)
+        arguments = parse(build_parser(), sys.argv[1:] if argv is None else argv)
         code = arguments.run(arguments)
         sys.stdout.flush()
         return code or 0
@@ -91,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; `run` of the parsed arguments is the function to call."""
     parser = _Parser(prog="visualrwkv", description="Questions about pictures, answered by a recurrent language model.")
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
 
     ask = _command(commands, "ask", run_ask, "answer one question about a picture")
     ask.add_argument("image", metavar="IMAGE", help="picture file")
@@ -291,6 +301,7 @@ def run_serve(arguments):
             option = name.replace("_", "-")
             raise InputError(f"--{option} is {getattr(arguments, name)}; use a whole number from {least}")
     from visualrwkv.addresses import is_local
+    from visualrwkv.paths import without_folders
     from visualrwkv.serving import app
 
     key = os.environ.get("VISUALRWKV_API_KEY") or None if arguments.api_key is None else arguments.api_key
@@ -302,7 +313,8 @@ def run_serve(arguments):
         prompt_tokens=arguments.max_prompt_tokens,
         remote_images=arguments.allow_remote_images,
     )
-    settings = app.Settings(app.model_name(arguments.model), arguments.slots, arguments.queue, key, limits)
+    name = "visualrwkv-tiny" if arguments.model is None else without_folders(arguments.model)
+    settings = app.Settings(name, arguments.slots, arguments.queue, key, limits)
     with app.listen(arguments.host, arguments.port) as listener:
         if key is None and not is_local(arguments.host):
             print("Whoever reaches this address can use it; --api-key KEY asks for a key.", file=sys.stderr)
@@ -343,7 +355,7 @@ def run_train(arguments):
 
 def run_inspect(arguments):
     """`visualrwkv inspect`"""
-    from visualrwkv.inspection import inspect, table
+    from visualrwkv.inspection import inspect, pictures_elsewhere, table
     from visualrwkv.loading import load
 
     if arguments.max_length < 1:
@@ -351,6 +363,10 @@ def run_inspect(arguments):
     processor = load(arguments.model, device="cpu").processor
     result = inspect(arguments.data, arguments.images, processor, arguments.max_length)
     print(json.dumps(result, ensure_ascii=False) if arguments.json else table(result))
+    if not result["usable"]:
+        raise InputError(
+            f"{arguments.data}: no sample can be used{pictures_elsewhere(arguments.data, arguments.images)}"
+        )
 
 
 def run_convert(arguments):

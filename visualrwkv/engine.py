@@ -8,6 +8,7 @@ logits to float32), parameters grouped by part of the model.
 import contextlib
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -58,7 +59,7 @@ class StageTrainer(Trainer):
     def get_train_dataloader(self):
         """The samples in the order of their numbers: shuffling and curriculum are in the dataset, and a resumed run
         goes on at the right number without drawing what it skips."""
-        workers = self.recipe.workers
+        workers = min(self.recipe.workers, _cores())  # more would only wait for each other
         loader = torch.utils.data.DataLoader(
             self.train_dataset,
             batch_size=self.args.per_device_train_batch_size,
@@ -354,6 +355,12 @@ def train(recipe, model, dataset, collator, groups, steps, processor=None, evalu
             print(f"stopped at step {trainer.state.global_step} of {steps}; {way}", file=sys.stderr)
         return 128 + interruption.signal
     return 0
+
+
+def _cores():
+    """Cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _arguments(recipe, steps):

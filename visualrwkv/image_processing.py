@@ -38,17 +38,21 @@ def load_image(source: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
     16-bit greys are scaled to 8 bits.
 
     Args:
-        source: PIL image; path; bytes of an image file; `data:` URI; numpy array (H, W), (H, W, 1), (H, W, 3) or
-            (H, W, 4) of uint8, uint16, bool or of floats between 0 and 1.
+        source: PIL image; path; bytes of an image file, or a file open for reading them; `data:` URI; numpy array
+            (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16, bool or of floats between 0 and 1.
         max_pixels: larger pictures are refused, for files before they are decoded.
 
     Raises:
         InputError: not an image, truncated, missing, a directory, too large, an address on the web.
     """
     name, image = "the image", source
+    if callable(getattr(source, "read", None)):
+        source = source.read()
+        if not isinstance(source, bytes):
+            raise InputError("an image file must be opened for reading bytes, not text; pass its path, or open it 'rb'")
     if isinstance(source, np.ndarray):
         image = _from_array(source, max_pixels)
-    elif isinstance(source, (str, os.PathLike)) and not str(source).startswith("data:"):
+    elif isinstance(source, (str, os.PathLike)) and not is_data_uri(str(source)):
         name = str(source) if len(str(source)) < 1000 else f"{str(source)[:77]}..."  # base64 data, most likely
         image = _open(os.path.expanduser(source), name, max_pixels)
     elif isinstance(source, (str, bytes, bytearray, memoryview)):
@@ -75,9 +79,14 @@ def load_image(source: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
             image.close()  # the result is a copy; this lets go of the file
 
 
+def is_data_uri(text: str) -> bool:
+    """Whether a string holds the data of a picture itself."""
+    return text[:5].lower() == "data:"
+
+
 def _open(file: Any, name: str, max_pixels: int) -> Image.Image:
     """Read the header of an image file."""
-    if name.startswith(("http://", "https://")):
+    if name.lower().startswith(("http://", "https://")):
         raise InputError(f"{name}: addresses are not fetched; download the picture and pass its path or bytes")
     if isinstance(file, (str, os.PathLike)) and os.path.isdir(file):
         raise InputError(f"{name}: is a folder; pass the path of one image file")
@@ -111,7 +120,7 @@ def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
 
 def _from_data_uri(source: str) -> bytes:
     header, comma, payload = source.partition(",")
-    if not comma or not header.endswith(";base64"):
+    if not comma or not header.lower().endswith(";base64"):
         raise InputError(f"{header[:40]}: not a base64 data URI; it starts like data:image/png;base64,")
     try:
         return base64.b64decode("".join(payload.split()), validate=True)  # encoders that break lines are common
@@ -131,7 +140,7 @@ def _from_array(array: np.ndarray, max_pixels: int) -> Image.Image:
             span = f"{np.min(array):g} to {np.max(array):g}"
             raise InputError(f"an image array of floats must lie between 0 and 1, got {span}; divide by 255")
         array = np.rint(array * 255)
-    elif array.dtype == np.uint16:
+    elif array.dtype.kind == "u" and array.dtype.itemsize == 2:
         array = np.rint(array / 257)
     elif array.dtype == np.bool_:
         array = array * 255
@@ -155,6 +164,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         top = values.max()
         full = next((limit for limit in (1, 255, 65535) if top <= limit and (limit > 1 or image.mode == "F")), top)
         return _grey(values / full * 255)
+    if image.mode == "La":  # the one mode of Pillow that has a single way out
+        image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -279,6 +290,6 @@ def flatten_images(images: Any) -> list:
     return [images]
 
 
-def open_pictures(images: Any) -> list[Image.Image]:
+def open_pictures(images: Any, max_pixels: int = MAX_PIXELS) -> list[Image.Image]:
     """Upright RGB pictures of one question: None, one source, or a list of sources (see `load_image`)."""
-    return [load_image(source) for source in flatten_images(images)]
+    return [load_image(source, max_pixels) for source in flatten_images(images)]

@@ -6,6 +6,7 @@ Every sample is read as training reads it, pictures included, so nothing here ca
 import itertools
 import statistics
 import sys
+from pathlib import Path
 
 from visualrwkv.data import IGNORE, JsonDataset, sample_name
 from visualrwkv.errors import InputError
@@ -58,6 +59,12 @@ def inspect(path, images, processor, max_length) -> dict:
         "first": first,
         "unusable": unusable,
     }
+
+
+def pictures_elsewhere(path, images) -> str:
+    """A word for a message, where the pictures seem to be in another folder than the one that was looked in."""
+    folder = Path(path).parent / "images"
+    return f"; if its pictures are in {folder}, pass --images {folder}" if images is None and folder.is_dir() else ""
 
 
 def table(result: dict) -> str:

@@ -1,7 +1,7 @@
 """`visualrwkv.load`: from a name to a model that answers.
 
-A name is the embedded model (none given), a folder written by `save_pretrained`, an official .pth checkpoint, or the
-same two on the Hub ("owner/repo" and "owner/repo:file.pth"). Only names that exist nowhere on disk reach the network.
+A name is the embedded model (none given, or "embedded"), a folder written by `save_pretrained`, an official .pth
+checkpoint, or the same two on the Hub ("owner/repo" and "owner/repo:file.pth"). Only names that exist nowhere on disk reach the network.
 """
 
 import contextlib
@@ -10,7 +10,10 @@ import os
 import re
 from pathlib import Path
 
-from visualrwkv.errors import InputError, one_line
+from visualrwkv.errors import InputError, one_line, short
+from visualrwkv.paths import as_path
+from visualrwkv.prompt import POSITIONS
+from visualrwkv.scan import SCANS
 
 EMBEDDED = Path(__file__).parent / "assets" / "tiny"
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -30,7 +33,8 @@ def load(
     """Load a model and its processor.
 
     Args:
-        name: None for the embedded model; a folder; a .pth file; "owner/repo" or "owner/repo:file.pth" on the Hub.
+        name: None or "embedded" for the embedded model; a folder; a .pth file; "owner/repo" or "owner/repo:file.pth" on
+            the Hub.
         device: "auto" (CUDA where there is one, else the CPU) or a torch device.
         dtype: "auto", a torch dtype or its name. "auto" is float32 for the embedded model, otherwise that of the files
             (bfloat16 in the official ones); on the CPU float16 becomes float32, which takes twice the memory and is
@@ -49,8 +53,13 @@ def load(
     """
     from visualrwkv.chat import VisualRWKV
 
-    if quantize not in (None, "int8"):
-        raise InputError(f"quantize {quantize!r} is unknown; use 'int8' or None")
+    for option, value, known in (
+        ("quantize", quantize, ["int8"]),
+        ("scan", scan, SCANS),
+        ("prompt", prompt, POSITIONS),
+    ):
+        if value is not None and value not in known:
+            raise InputError(f"{option} is {short(value)}; use one of {', '.join(known)}, or None")
     target, number = pick_device(device), pick_dtype(dtype)
     path = find(name)
     if path.is_file():
@@ -74,15 +83,15 @@ def load(
 
 def find(name: str | os.PathLike | None) -> Path:
     """Path of the folder or .pth file that a model name stands for, fetched from the Hub if need be."""
-    if name is None:
+    if name is None or (name == "embedded" and not os.path.exists(name)):
         if not (EMBEDDED / "config.json").is_file():
             raise InputError(f"{EMBEDDED}: the embedded model is missing from this installation; pass a model name")
         return EMBEDDED
+    path = as_path(name, "a folder, a .pth file or a Hub name, or None for the embedded model")
     name = os.fspath(name)
-    path = Path(name).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike the methods of Path it takes a name of any length
         return path
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix == ".safetensors" and (path.parent / "config.json").is_file():
             raise InputError(f"{name}: belongs to the folder it is in; pass that folder")
         if path.suffix not in (".pth", ".safetensors"):

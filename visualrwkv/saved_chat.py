@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import secrets
+import stat
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from visualrwkv.errors import InputError, one_line
+from visualrwkv.paths import as_path
 from visualrwkv.prompt import Turn
 from visualrwkv.state import RWKVState
 
@@ -53,7 +55,7 @@ def write_chat(path: str | os.PathLike, moment: Moment, fingerprint: str) -> Non
     Raises:
         InputError: the file cannot be written.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.realpath(as_path(path, "the name of a file to write")))  # what a link leads to
     tensors = moment.state.tensors() if moment.state else {}
     if moment.features is not None:
         tensors[FEATURES] = moment.features.detach().cpu().contiguous()
@@ -66,9 +68,18 @@ def write_chat(path: str | os.PathLike, moment: Moment, fingerprint: str) -> Non
     }
     partial = path.parent / f".{secrets.token_hex(8)}.part"  # a name made of the file's could be too long
     try:
-        if path.is_dir():
-            raise InputError(f"{path}: is a folder; pass the name of a file to write")
+        if path.exists() and not path.is_file():
+            raise InputError(
+                f"{path}: is {'a folder' if path.is_dir() else 'no file'}; pass the name of a file to write"
+            )
+        if not path.parent.is_dir():
+            raise InputError(f"{path}: the conversation cannot be written: there is no folder {path.parent}")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise InputError(f"{path}: is write-protected; pass another name")
+        partial.touch()
+        mode = (path if path.exists() else partial).stat().st_mode
         save_file(tensors, partial, metadata=meta)
+        partial.chmod(stat.S_IMODE(mode))  # safetensors lets nobody else read its files
         os.replace(partial, path)
     except InputError:
         raise
@@ -92,7 +103,7 @@ def read_chat(path: str | os.PathLike, config, tokenizer, fingerprint) -> Moment
     Raises:
         InputError: unreadable, of another format or model, or damaged; the message says which.
     """
-    path = Path(path).expanduser()
+    path = as_path(path, "a file that chat.save wrote")
     try:
         with safe_open(path, framework="pt") as file:
             meta = file.metadata() or {}

@@ -138,6 +138,10 @@ class ChatSession:
         other._now, other._past, other.stats = self._now, self._past.copy(), self.stats
         return other
 
+    def __deepcopy__(self, memo) -> "ChatSession":
+        """A fork: the model is not copied."""
+        return self.fork()
+
     def undo(self) -> dict:
         """Take back the last turn and its reply; the state is exactly what it was before.
 
@@ -191,7 +195,8 @@ class ChatSession:
 
     def _check(self, text, images, look_again):
         self._check_look(look_again)
-        return check_question(text), open_pictures(images), bool(look_again)
+        pictures = open_pictures(images, self._vlm.processor.image_processor.max_pixels)
+        return check_question(text), pictures, bool(look_again)
 
     def _check_look(self, look_again):
         if look_again and self._now.features is None:

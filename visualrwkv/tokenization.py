@@ -291,7 +291,8 @@ class RWKVWorldTokenizer(PythonBackend):
 
         Args:
             errors: "whole" (default) gives one U+FFFD for the entire list as soon as the bytes are not valid UTF-8 or
-                an id is not in the table (as the public RWKV tokenizer does); "replace" gives one for each bad piece.
+                an id is not in the table (as the public RWKV tokenizer does), which special tokens are not either:
+                leave them out by `skip_special_tokens`; "replace" gives one for each bad piece.
         """
         if clean_up_tokenization_spaces:
             raise InputError("clean_up_tokenization_spaces is not supported: World tokens hold their exact spaces")

@@ -15,7 +15,6 @@ import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -24,6 +23,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
 from visualrwkv.addresses import bind, in_address
+from visualrwkv.image_processing import is_data_uri
 from visualrwkv.serving.engine import Engine, ServedReply, ShuttingDown
 from visualrwkv.serving.requests import ChatRequest, Limits, Refused, check_prompt, parse, read_pictures
 
@@ -157,7 +157,7 @@ class Service:
         self._loop = asyncio.get_running_loop()
         asked, ids = await self._loop.run_in_executor(self._readers, self._check, body)
         del body
-        remote = any(not source.startswith("data:") for source in asked.sources)
+        remote = not all(map(is_data_uri, asked.sources))
         pool = self._fetchers if remote else self._readers
         pictures = await self._loop.run_in_executor(
             pool, read_pictures, asked, self._processor, self._limits, self.engine.recent
@@ -352,14 +352,6 @@ async def _disconnected(request: Request) -> None:
     """Returns when the client has gone; its request must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def model_name(given: str | None) -> str:
-    """How clients call the model: without the folders of this machine in front of it."""
-    if given is None:
-        return "visualrwkv-tiny"
-    path = Path(given).expanduser()
-    return path.resolve().name if path.exists() else given
 
 
 def make_server(vlm, settings: Settings):

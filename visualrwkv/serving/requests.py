@@ -11,7 +11,7 @@ from hashlib import sha256
 from typing import Any
 
 from visualrwkv.errors import InputError, short
-from visualrwkv.image_processing import load_image
+from visualrwkv.image_processing import is_data_uri, load_image
 from visualrwkv.prompt import Turn, check_question, turns_from_messages
 from visualrwkv.sampling import Sampling
 from visualrwkv.serving.fetching import fetch
@@ -250,7 +250,7 @@ def read_pictures(request: ChatRequest, processor, limits: Limits, recent: Recen
 def open_source(source: str, limits: Limits, seconds: float) -> str | bytes:
     """What `load_image` takes, from the `url` of a request: a data URI, or what is behind an address, if allowed and to
     be had within some seconds."""
-    if source.startswith("data:"):
+    if is_data_uri(source):
         return source
     if not source.lower().startswith(("http://", "https://")):
         raise InputError("the url must be a data URI, such as data:image/png;base64,...")
