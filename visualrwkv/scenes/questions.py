@@ -150,7 +150,7 @@ def _written(draft, scene, rng, language, vary):
         size, colour, shape = reference
         return object_name(language, colour, shape, size, word)
 
-    template = _phrase(rng, language, draft.phrase, vary)
+    template = _phrase(rng, language, draft.phrase or draft.kind, vary)
     slots = {}
     if draft.kind == "count":
         slots["p"] = _counted(language, *draft.a, word)
