@@ -7,6 +7,7 @@ background. The result is the vision tower alone, in a folder that later stages 
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -185,9 +186,9 @@ def run_contrastive(recipe):
     text = {"context_length": 16, **new.text, "vocab_size": tokenizer.image_token_id + 1}
     model = ContrastiveModel(new.embed_dim, config, text)
     steps, length = count_samples(recipe)
-    parts = (recipe.data.scenes, tokenizer, image_processor, config.patch_grid, text["context_length"])
-    held_out = PatchCaptions(*parts, recipe.eval.pictures, "val")
-    held_out.curriculum = lambda index: {**Curriculum(recipe.data.scenes, 0).base, "objects": recipe.eval.objects}
+    parts = (tokenizer, image_processor, config.patch_grid, text["context_length"])
+    unseen = replace(recipe.data.scenes, objects=recipe.eval.objects, curriculum=[])
+    held_out = PatchCaptions(unseen, *parts, recipe.eval.pictures, "val")
     drawn = []
 
     def evaluate():
@@ -196,8 +197,9 @@ def run_contrastive(recipe):
         return retrieval(model, drawn, next(model.parameters()).device)
 
     groups = parameter_groups(model.named_parameters(), _part_of, recipe.train, recipe.weight_decay)
+    captions = PatchCaptions(recipe.data.scenes, *parts, length)
     with alone(recipe.output):
-        code = train(recipe, model, PatchCaptions(*parts, length), collate_captions, groups, steps, evaluate=evaluate)
+        code = train(recipe, model, captions, collate_captions, groups, steps, evaluate=evaluate)
         if code == 0 and is_main_process():
             with writing(None, recipe.output):
                 save_tower(model, config, image_processor, tokenizer, recipe.output)

@@ -8,6 +8,7 @@ its place.
 
 import json
 import random
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils.data import Dataset
 
 from visualrwkv.errors import InputError
 from visualrwkv.prompt import LLAVA_ROLES, MARKER
+from visualrwkv.recipe import Stretch
 
 IGNORE = -100
 _PAD_MULTIPLE = 16  # the chunk length of the recurrence; other lengths would be padded inside every layer again
@@ -238,13 +240,12 @@ class Curriculum:
         length: samples of the whole run, for ends that are given as fractions.
     """
 
-    FIELDS = ("objects", "kinds", "turns", "sign_probability", "zoom", "relations", "bases", "options")
-
     def __init__(self, scenes, length):
-        self.base = {name: getattr(scenes, name) for name in self.FIELDS}
+        names = [field.name for field in fields(Stretch) if field.name != "until"]
+        self.base = {name: getattr(scenes, name) for name in names}
         self.ends = [s.until * length if s.until <= 1 else s.until for s in scenes.curriculum]
         self.stretches = [
-            {**self.base, **{name: value for name in self.FIELDS if (value := getattr(s, name)) is not None}}
+            {**self.base, **{name: value for name in names if (value := getattr(s, name)) is not None}}
             for s in scenes.curriculum
         ]
 
