@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from visualrwkv.errors import InputError
-from visualrwkv.prompt import LLAVA_ROLES, MARKER
+from visualrwkv.errors import InputError, short
+from visualrwkv.prompt import MARKER, llava_role, turns_from_llava
 from visualrwkv.recipe import Stretch
 
 IGNORE = -100
@@ -105,7 +105,6 @@ class JsonDataset(Dataset):
             InputError: why the sample cannot be used.
         """
         from visualrwkv.image_processing import load_image
-        from visualrwkv.prompt import turns_from_llava
 
         names = sample.get("image") or []
         names = [names] if isinstance(names, str) else names
@@ -146,9 +145,10 @@ def read_llava(path):
     if not samples:
         raise InputError(f"{path}: holds no sample; data.json names a LLaVA-format file")
     for number, sample in enumerate(samples):
-        complaint = _complaint(sample)
-        if complaint:
-            raise InputError(f"{path}: {sample_name(sample, number)}: {complaint}")
+        try:
+            _check(sample)
+        except InputError as error:
+            raise InputError(f"{path}: {sample_name(sample, number)}: {error}") from None
     return samples
 
 
@@ -163,27 +163,19 @@ def sample_name(sample, number):
     return f"sample {number}" + (f" (id {label})" if label is not None else "")
 
 
-def _complaint(sample):
-    """What is wrong with the form of a sample, or None."""
+def _check(sample):
+    """Raises an InputError that says what is wrong with the form of a sample."""
     if not isinstance(sample, dict):
-        return f"expected a mapping, found {type(sample).__name__}"
+        raise InputError(f"expected a mapping, found {type(sample).__name__}")
     image = sample.get("image")
     names = [image] if isinstance(image, str) else image or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        return f"'image' is {image!r}, expected a file name or a list of them"
+        raise InputError(f"'image' is {short(image)}, expected a file name or a list of them")
     turns = sample.get("conversations")
     if not isinstance(turns, list) or not turns:
-        return "'conversations' is missing or empty"
-    for position, turn in enumerate(turns):
-        if (
-            not isinstance(turn, dict)
-            or str(turn.get("from")).lower() not in LLAVA_ROLES
-            or not isinstance(turn.get("value"), str)
-        ):
-            return (
-                f'conversations[{position}] is {str(turn)[:80]}, expected {{"from": "human" or "gpt", "value": text}}'
-            )
-    return None
+        raise InputError("'conversations' is missing or empty")
+    for number, turn in enumerate(turns, 1):
+        llava_role(turn, number)
 
 
 def foresees(share, seed, index):
