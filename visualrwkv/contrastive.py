@@ -18,6 +18,9 @@ from torch.utils.data import Dataset
 from visualrwkv.data import Curriculum, pixels, sample
 from visualrwkv.errors import InputError
 from visualrwkv.runs import alone, count_samples, is_main_process, write_versions, writing
+from visualrwkv.scenes.descriptions import names_thing, patch_captions
+from visualrwkv.scenes.drawing import draw
+from visualrwkv.scenes.world import scene_rng
 from visualrwkv.vision import VisionTower, describe_tower
 
 
@@ -90,9 +93,6 @@ class PatchCaptions(Dataset):
         return self.length
 
     def __getitem__(self, index):
-        from visualrwkv.scenes.descriptions import names_thing
-        from visualrwkv.scenes.drawing import draw
-
         scene, captions = self.captioned(index)
         return {
             "objects": sum(names_thing(caption) for _, caption in captions),  # they come first
@@ -102,9 +102,6 @@ class PatchCaptions(Dataset):
 
     def captioned(self, index):
         """The scene of sample `index`, and (patch, caption) pairs."""
-        from visualrwkv.scenes.descriptions import patch_captions
-        from visualrwkv.scenes.world import scene_rng
-
         rng = scene_rng(self.scenes.seed, self.split, index)
         scene = sample(rng, self.scenes, self.curriculum(index), self.split)
         return scene, patch_captions(scene, self.patch_grid, rng)

@@ -15,8 +15,12 @@ import torch
 from torch.utils.data import Dataset
 
 from visualrwkv.errors import InputError, short
-from visualrwkv.prompt import MARKER, llava_role, turns_from_llava
+from visualrwkv.image_processing import load_image
+from visualrwkv.prompt import MARKER, Turn, llava_role, turns_from_llava
 from visualrwkv.recipe import Stretch
+from visualrwkv.scenes.drawing import draw
+from visualrwkv.scenes.questions import KIND_WEIGHTS, OPTIONS, SHORT_KINDS, conversation
+from visualrwkv.scenes.world import sample_scene, scene_rng
 
 IGNORE = -100
 _PAD_MULTIPLE = 16  # the chunk length of the recurrence; other lengths would be padded inside every layer again
@@ -104,8 +108,6 @@ class JsonDataset(Dataset):
         Raises:
             InputError: why the sample cannot be used.
         """
-        from visualrwkv.image_processing import load_image
-
         names = sample.get("image") or []
         names = [names] if isinstance(names, str) else names
         turns = turns_from_llava(sample["conversations"], len(names))
@@ -273,8 +275,6 @@ class ScenesDataset(Dataset):
         return self.length
 
     def __getitem__(self, index):
-        from visualrwkv.scenes.drawing import draw
-
         window, place = divmod(index, _WINDOW * self.batch_size)
         number, scene, item = self._arranged(window)[place]
         if not item["images"]:
@@ -308,10 +308,6 @@ class ScenesDataset(Dataset):
         Some scenes have no question of a wanted kind (nothing to read without a sign, no neighbours of a single
         object): then the next scene of the same random stream is taken.
         """
-        from visualrwkv.prompt import Turn
-        from visualrwkv.scenes.questions import KIND_WEIGHTS, OPTIONS, SHORT_KINDS, conversation
-        from visualrwkv.scenes.world import scene_rng
-
         scenes, settings = self.scenes, self.curriculum(index)
         rng = scene_rng(scenes.seed, "train", index)
         languages = {"en": 1 - scenes.chinese, "zh": scenes.chinese}
@@ -361,8 +357,6 @@ def cut_out(picture, box, zoom, rng):
 
 def sample(rng, scenes, settings, split):
     """A scene of one stretch of the curriculum, from the lists of objects that belong to the split."""
-    from visualrwkv.scenes.world import sample_scene
-
     return sample_scene(
         rng,
         min_objects=settings["objects"][0],
