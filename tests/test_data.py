@@ -191,7 +191,12 @@ def test_too_long_samples_lose_whole_turns(llava, vlm):
         ("[]", "holds no sample"),
         ('{"a": 1}\n{"a": 2}', r"Extra data: line 2 column 1; a file of one object a line is called .jsonl"),
         ('[{"id": "a", "conversations": [{"from": "gpt", "value": "x"}]}, {"id": "b"}]', "sample 1 (id b)"),
-        ('[{"conversations": [{"from": "robot", "value": "x"}]}]', "sample 0: conversations[0]"),
+        (
+            '[{"conversations": [{"from": "robot", "value": "x"}]}]',
+            "sample 0: turn 1 comes from 'robot'; must be 'human'",
+        ),
+        ('[{"conversations": [{"from": "gpt", "value": "x"}, {"value": "y"}]}]', "sample 0: turn 2 is not an object"),
+        ('[{"conversations": [{"from": "gpt", "value": null}]}]', "'value': {'from': 'gpt', 'value': None}"),
         ('[{"image": 3, "conversations": [{"from": "human", "value": "x"}]}]', "'image' is 3"),
     ],
 )

@@ -10,6 +10,7 @@ from scene_reader import expected, parse, the
 
 from visualrwkv import scenes
 from visualrwkv.errors import InputError
+from visualrwkv.prompt import SHORT_ANSWER
 from visualrwkv.scenes import phrases
 from visualrwkv.scenes.descriptions import left_to_right
 from visualrwkv.scenes.world import COLOURS, SHAPES, SIZES, Object, Sign, is_valid
@@ -257,6 +258,7 @@ def test_conversations_give_nothing_away(many):
 
 
 def test_short_line_and_refusals(many):
+    assert phrases.SHORT_LINE == SHORT_ANSWER  # the scenes stand alone, and the prompt knows the line by its words
     lined = [
         question.text.endswith("\nAnswer the question using a single word or phrase.")
         for scene in many[:200]

@@ -7,6 +7,7 @@ background. The result is the vision tower alone, in a folder that later stages 
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,9 @@ from torch.utils.data import Dataset
 from visualrwkv.data import Curriculum, pixels, sample
 from visualrwkv.errors import InputError
 from visualrwkv.runs import alone, count_samples, is_main_process, write_versions, writing
+from visualrwkv.scenes.descriptions import names_thing, patch_captions
+from visualrwkv.scenes.drawing import draw
+from visualrwkv.scenes.world import scene_rng
 from visualrwkv.vision import VisionTower, describe_tower
 
 
@@ -89,9 +93,6 @@ class PatchCaptions(Dataset):
         return self.length
 
     def __getitem__(self, index):
-        from visualrwkv.scenes.descriptions import names_thing
-        from visualrwkv.scenes.drawing import draw
-
         scene, captions = self.captioned(index)
         return {
             "objects": sum(names_thing(caption) for _, caption in captions),  # they come first
@@ -101,9 +102,6 @@ class PatchCaptions(Dataset):
 
     def captioned(self, index):
         """The scene of sample `index`, and (patch, caption) pairs."""
-        from visualrwkv.scenes.descriptions import patch_captions
-        from visualrwkv.scenes.world import scene_rng
-
         rng = scene_rng(self.scenes.seed, self.split, index)
         scene = sample(rng, self.scenes, self.curriculum(index), self.split)
         return scene, patch_captions(scene, self.patch_grid, rng)
@@ -185,9 +183,9 @@ def run_contrastive(recipe):
     text = {"context_length": 16, **new.text, "vocab_size": tokenizer.image_token_id + 1}
     model = ContrastiveModel(new.embed_dim, config, text)
     steps, length = count_samples(recipe)
-    parts = (recipe.data.scenes, tokenizer, image_processor, config.patch_grid, text["context_length"])
-    held_out = PatchCaptions(*parts, recipe.eval.pictures, "val")
-    held_out.curriculum = lambda index: {**Curriculum(recipe.data.scenes, 0).base, "objects": recipe.eval.objects}
+    parts = (tokenizer, image_processor, config.patch_grid, text["context_length"])
+    unseen = replace(recipe.data.scenes, objects=recipe.eval.objects, curriculum=[])
+    held_out = PatchCaptions(unseen, *parts, recipe.eval.pictures, "val")
     drawn = []
 
     def evaluate():
@@ -196,8 +194,9 @@ def run_contrastive(recipe):
         return retrieval(model, drawn, next(model.parameters()).device)
 
     groups = parameter_groups(model.named_parameters(), _part_of, recipe.train, recipe.weight_decay)
+    captions = PatchCaptions(recipe.data.scenes, *parts, length)
     with alone(recipe.output):
-        code = train(recipe, model, PatchCaptions(*parts, length), collate_captions, groups, steps, evaluate=evaluate)
+        code = train(recipe, model, captions, collate_captions, groups, steps, evaluate=evaluate)
         if code == 0 and is_main_process():
             with writing(None, recipe.output):
                 save_tower(model, config, image_processor, tokenizer, recipe.output)

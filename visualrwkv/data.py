@@ -8,13 +8,19 @@ its place.
 
 import json
 import random
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
 
-from visualrwkv.errors import InputError
-from visualrwkv.prompt import LLAVA_ROLES, MARKER
+from visualrwkv.errors import InputError, short
+from visualrwkv.image_processing import load_image
+from visualrwkv.prompt import MARKER, Turn, llava_role, turns_from_llava
+from visualrwkv.recipe import Stretch
+from visualrwkv.scenes.drawing import draw
+from visualrwkv.scenes.questions import KIND_WEIGHTS, OPTIONS, SHORT_KINDS, conversation
+from visualrwkv.scenes.world import sample_scene, scene_rng
 
 IGNORE = -100
 _PAD_MULTIPLE = 16  # the chunk length of the recurrence; other lengths would be padded inside every layer again
@@ -102,9 +108,6 @@ class JsonDataset(Dataset):
         Raises:
             InputError: why the sample cannot be used.
         """
-        from visualrwkv.image_processing import load_image
-        from visualrwkv.prompt import turns_from_llava
-
         names = sample.get("image") or []
         names = [names] if isinstance(names, str) else names
         turns = turns_from_llava(sample["conversations"], len(names))
@@ -144,9 +147,10 @@ def read_llava(path):
     if not samples:
         raise InputError(f"{path}: holds no sample; data.json names a LLaVA-format file")
     for number, sample in enumerate(samples):
-        complaint = _complaint(sample)
-        if complaint:
-            raise InputError(f"{path}: {sample_name(sample, number)}: {complaint}")
+        try:
+            _check(sample)
+        except InputError as error:
+            raise InputError(f"{path}: {sample_name(sample, number)}: {error}") from None
     return samples
 
 
@@ -161,27 +165,19 @@ def sample_name(sample, number):
     return f"sample {number}" + (f" (id {label})" if label is not None else "")
 
 
-def _complaint(sample):
-    """What is wrong with the form of a sample, or None."""
+def _check(sample):
+    """Raises an InputError that says what is wrong with the form of a sample."""
     if not isinstance(sample, dict):
-        return f"expected a mapping, found {type(sample).__name__}"
+        raise InputError(f"expected a mapping, found {type(sample).__name__}")
     image = sample.get("image")
     names = [image] if isinstance(image, str) else image or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        return f"'image' is {image!r}, expected a file name or a list of them"
+        raise InputError(f"'image' is {short(image)}, expected a file name or a list of them")
     turns = sample.get("conversations")
     if not isinstance(turns, list) or not turns:
-        return "'conversations' is missing or empty"
-    for position, turn in enumerate(turns):
-        if (
-            not isinstance(turn, dict)
-            or str(turn.get("from")).lower() not in LLAVA_ROLES
-            or not isinstance(turn.get("value"), str)
-        ):
-            return (
-                f'conversations[{position}] is {str(turn)[:80]}, expected {{"from": "human" or "gpt", "value": text}}'
-            )
-    return None
+        raise InputError("'conversations' is missing or empty")
+    for number, turn in enumerate(turns, 1):
+        llava_role(turn, number)
 
 
 def foresees(share, seed, index):
@@ -238,13 +234,12 @@ class Curriculum:
         length: samples of the whole run, for ends that are given as fractions.
     """
 
-    FIELDS = ("objects", "kinds", "turns", "sign_probability", "zoom", "relations", "bases", "options")
-
     def __init__(self, scenes, length):
-        self.base = {name: getattr(scenes, name) for name in self.FIELDS}
+        names = [field.name for field in fields(Stretch) if field.name != "until"]
+        self.base = {name: getattr(scenes, name) for name in names}
         self.ends = [s.until * length if s.until <= 1 else s.until for s in scenes.curriculum]
         self.stretches = [
-            {**self.base, **{name: value for name in self.FIELDS if (value := getattr(s, name)) is not None}}
+            {**self.base, **{name: value for name in names if (value := getattr(s, name)) is not None}}
             for s in scenes.curriculum
         ]
 
@@ -280,8 +275,6 @@ class ScenesDataset(Dataset):
         return self.length
 
     def __getitem__(self, index):
-        from visualrwkv.scenes.drawing import draw
-
         window, place = divmod(index, _WINDOW * self.batch_size)
         number, scene, item = self._arranged(window)[place]
         if not item["images"]:
@@ -315,10 +308,6 @@ class ScenesDataset(Dataset):
         Some scenes have no question of a wanted kind (nothing to read without a sign, no neighbours of a single
         object): then the next scene of the same random stream is taken.
         """
-        from visualrwkv.prompt import Turn
-        from visualrwkv.scenes.questions import KIND_WEIGHTS, OPTIONS, SHORT_KINDS, conversation
-        from visualrwkv.scenes.world import scene_rng
-
         scenes, settings = self.scenes, self.curriculum(index)
         rng = scene_rng(scenes.seed, "train", index)
         languages = {"en": 1 - scenes.chinese, "zh": scenes.chinese}
@@ -368,8 +357,6 @@ def cut_out(picture, box, zoom, rng):
 
 def sample(rng, scenes, settings, split):
     """A scene of one stretch of the curriculum, from the lists of objects that belong to the split."""
-    from visualrwkv.scenes.world import sample_scene
-
     return sample_scene(
         rng,
         min_objects=settings["objects"][0],

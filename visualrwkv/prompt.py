@@ -183,6 +183,21 @@ def split_markers(text: str) -> list[str | Image]:
     return pieces
 
 
+def llava_role(message: Mapping[str, str], number: int) -> str:
+    """The speaker of a turn of a LLaVA sample, "user" or "assistant", where the turn can be used.
+
+    Args:
+        message: `{"from": "human" | "gpt", "value": text}`.
+        number: of the turn in its sample, counted from 1, for the message of an `InputError`.
+    """
+    if not isinstance(message, Mapping) or not isinstance(message.get("value"), str) or "from" not in message:
+        raise InputError(f"turn {number} is not an object with the strings 'from' and 'value': {short(message)}")
+    role = LLAVA_ROLES.get(str(message["from"]).lower())
+    if role is None:
+        raise InputError(f"turn {number} comes from {short(message['from'])}; must be 'human' or 'gpt'")
+    return role
+
+
 def turns_from_llava(conversations: Sequence[Mapping[str, str]], n_images: int) -> list[Turn]:
     """Turns of a LLaVA sample, `[{"from": "human" | "gpt", "value": "<image>\\nWhat is it?"}, ...]`.
 
@@ -192,11 +207,7 @@ def turns_from_llava(conversations: Sequence[Mapping[str, str]], n_images: int) 
     """
     turns = []
     for number, message in enumerate(conversations, 1):
-        if not isinstance(message, Mapping) or not isinstance(message.get("value"), str) or "from" not in message:
-            raise InputError(f"turn {number} is not an object with the strings 'from' and 'value'")
-        role = LLAVA_ROLES.get(str(message["from"]).lower())
-        if role is None:
-            raise InputError(f"turn {number} comes from {message['from']!r}; must be 'human' or 'gpt'")
+        role = llava_role(message, number)
         text, images = message["value"], 0
         if n_images:
             images = text.count(MARKER)

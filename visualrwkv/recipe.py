@@ -25,12 +25,10 @@ PARTS = {
 class NewModel:
     """A model made from scratch with random weights."""
 
-    vision: dict | str | None = (
-        None  # open_clip tower as in the model's vision_config, or a folder of the contrastive stage
-    )
-    language: dict = field(
-        default_factory=dict
-    )  # sizes as in the model's language_config; the vocabulary sets vocab_size
+    # An open_clip tower as in the model's vision_config, or a folder of the contrastive stage.
+    vision: dict | str | None = None
+    # Sizes as in the model's text_config; the vocabulary sets vocab_size.
+    language: dict = field(default_factory=dict)
     text: dict | None = None  # contrastive stage: open_clip's TextTransformer; the vocabulary sets vocab_size
     embed_dim: int = 256  # contrastive stage: width of the space that pictures and captions share
     projector: str = "linear"  # these four as in the model's config
@@ -115,7 +113,11 @@ class EvalRecipe:
 
 @dataclass
 class Recipe:
-    """One training run. Rates, steps and batch sizes are per optimizer step and per process."""
+    """One training run.
+
+    A step is an optimizer step, which all processes take together and after which the rates change; `batch_size`,
+    `accumulate` and `workers` are those of each process.
+    """
 
     stage: str
     output: str  # folder for checkpoints, log.jsonl and the finished model

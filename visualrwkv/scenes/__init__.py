@@ -2,7 +2,7 @@
 
 from visualrwkv.scenes.descriptions import all_texts, describe, patch_captions
 from visualrwkv.scenes.drawing import draw
-from visualrwkv.scenes.questions import KINDS, SHORT_KINDS, Question, ask, conversation, questions
+from visualrwkv.scenes.questions import KINDS, SHORT_KINDS, Question, Wording, ask, conversation, questions
 from visualrwkv.scenes.world import Object, Scene, Sign, sample_scene, scene_rng, split_of
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Question",
     "Scene",
     "Sign",
+    "Wording",
     "all_texts",
     "ask",
     "conversation",

@@ -11,18 +11,21 @@ import re
 import sys
 from collections import Counter
 
-from visualrwkv.errors import InputError
+from PIL import Image
+from tqdm import tqdm
+
+from visualrwkv.errors import InputError, error_line
+from visualrwkv.scenes.drawing import draw
 from visualrwkv.scenes.questions import KINDS, SHORT_KINDS, questions
 from visualrwkv.scenes.world import sample_scene, scene_rng
 
 GRAY = (128, 128, 128)
-_LANGUAGES = {"en": 3, "zh": 1}
 _FRAME = re.compile(r"^(the image shows,? ?(from left to right, ?)?|图中(从左到右)?有)")
 _BETWEEN = re.compile(r",\s*| and |、|和")
 
 
 def evaluate_scenes(
-    model, processor, pictures, seed, blind=False, batch_size=64, objects=(1, 6), split="test", progress=None
+    model, processor, pictures, seed, blind=False, batch_size=64, objects=(1, 6), split="test", progress=False
 ):
     """Asks one question of each kind that a scene allows.
 
@@ -34,7 +37,7 @@ def evaluate_scenes(
         batch_size: questions answered at a time.
         objects: fewest and most objects in a scene.
         split: "val" or "test"; "train" would show scenes that training may have shown.
-        progress: called with the number of questions answered so far and their total.
+        progress: show a bar on stderr.
 
     Returns:
         {kind: (right, asked)} for each of `KINDS`.
@@ -45,22 +48,18 @@ def evaluate_scenes(
     asked = list(_questions(pictures, seed, blind, objects, split))
     # answers of like length together: a batch runs until its longest answer ends
     asked.sort(key=lambda entry: (entry[1].kind == "describe", len(entry[1].text)))
-    right, total = Counter(), Counter()
-    for start in range(0, len(asked), batch_size):
-        batch = asked[start : start + batch_size]
-        longest = 160 if any(question.kind == "describe" for _, question in batch) else 16
-        replies = vlm.ask([picture for picture, _ in batch], [q.text for _, q in batch], max_new_tokens=longest)
-        for (_, question), reply in zip(batch, replies, strict=True):
-            total[question.kind] += 1
-            right[question.kind] += is_right(question.kind, question.answer, reply)
-        if progress:
-            progress(min(start + batch_size, len(asked)), len(asked))
-    return {kind: (right[kind], total[kind]) for kind in KINDS}
+
+    def replies():
+        for start in range(0, len(asked), batch_size):
+            shown, batch = zip(*asked[start : start + batch_size], strict=True)
+            longest = 160 if any(question.kind == "describe" for question in batch) else 16
+            said = vlm.ask(list(shown), [question.text for question in batch], max_new_tokens=longest)
+            yield from zip(batch, said, strict=True)
+
+    return _tally(replies(), len(asked), progress)
 
 
-def evaluate_follow_ups(
-    model, processor, pictures, seed, look_again=False, objects=(1, 6), split="test", progress=None
-):
+def evaluate_follow_ups(model, processor, pictures, seed, look_again=False, progress=False):
     """Asks the short-answer questions of `evaluate_scenes` second in a conversation, behind another one about the same
     picture that does not give the answer away.
 
@@ -74,7 +73,7 @@ def evaluate_follow_ups(
 
     vlm = VisualRWKV(model, processor)
     scenes = {}
-    for picture, question in _questions(pictures, seed, False, objects, split):
+    for picture, question in _questions(pictures, seed):
         if question.kind != "describe":
             scenes.setdefault(id(picture), (picture, []))[1].append(question)
     pairs = []
@@ -82,29 +81,32 @@ def evaluate_follow_ups(
         for number, question in enumerate(asked):
             others = asked[number + 1 :] + asked[:number]
             pairs += [(picture, other, question) for other in others if other.fits(question)][:1]
-    right, total = Counter(), Counter()
-    for number, (picture, other, question) in enumerate(pairs, 1):
-        chat = vlm.chat()
-        chat.say(other.text, picture, max_new_tokens=16)
-        reply = chat.say(question.text, look_again=look_again, max_new_tokens=16)
-        total[question.kind] += 1
-        right[question.kind] += is_right(question.kind, question.answer, reply)
-        if progress:
-            progress(number, len(pairs))
-    return {kind: (right[kind], total[kind]) for kind in KINDS}
+
+    def replies():
+        for picture, other, question in pairs:
+            chat = vlm.chat()
+            chat.say(other.text, picture, max_new_tokens=16)
+            yield question, chat.say(question.text, look_again=look_again, max_new_tokens=16)
+
+    return _tally(replies(), len(pairs), progress)
 
 
-def _questions(pictures, seed, blind, objects, split):
-    from PIL import Image
-
-    from visualrwkv.scenes.drawing import draw
-
+def _questions(pictures, seed, blind=False, objects=(1, 6), split="test"):
     for index in range(pictures):
         rng = scene_rng(seed, split, index)
         scene = sample_scene(rng, min_objects=objects[0], max_objects=objects[1], split=split)
         picture = Image.new("RGB", (scene.width, scene.height), GRAY) if blind else draw(scene)
-        for question in questions(scene, rng, languages=_LANGUAGES):
+        for question in questions(scene, rng):
             yield picture, question
+
+
+def _tally(replies, total, progress):
+    """{kind: (right, asked)} of (question, reply) pairs, counted as they come."""
+    right, asked = Counter(), Counter()
+    for question, reply in tqdm(replies, total=total, unit="question", disable=not progress):
+        asked[question.kind] += 1
+        right[question.kind] += is_right(question.kind, question.answer, reply)
+    return {kind: (right[kind], asked[kind]) for kind in KINDS}
 
 
 def is_right(kind, answer, reply):
@@ -152,7 +154,7 @@ def main(argv=None):
             raise InputError("--look-again goes with --follow-up, and --blind with neither; leave one out")
         counts = _measure(arguments)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         return 2
     result = shares(counts)
     if arguments.json:
@@ -166,21 +168,13 @@ def main(argv=None):
 
 
 def _measure(arguments):
-    from tqdm import tqdm
-
     from visualrwkv.loading import load
 
     vlm = load(arguments.model)
-    with tqdm(unit="question", file=sys.stderr) as bar:
-
-        def progress(done, total):
-            bar.total = total
-            bar.update(done - bar.n)
-
-        what = (vlm.model, vlm.processor, arguments.pictures, arguments.seed)
-        if arguments.follow_up:
-            return evaluate_follow_ups(*what, look_again=arguments.look_again, progress=progress)
-        return evaluate_scenes(*what, blind=arguments.blind, batch_size=arguments.batch_size, progress=progress)
+    what = (vlm.model, vlm.processor, arguments.pictures, arguments.seed)
+    if arguments.follow_up:
+        return evaluate_follow_ups(*what, look_again=arguments.look_again, progress=True)
+    return evaluate_scenes(*what, blind=arguments.blind, batch_size=arguments.batch_size, progress=True)
 
 
 if __name__ == "__main__":

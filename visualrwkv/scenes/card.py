@@ -12,7 +12,7 @@ import sys
 from datetime import date
 from pathlib import Path
 
-from visualrwkv.errors import InputError
+from visualrwkv.errors import InputError, error_line
 from visualrwkv.scenes.accuracy import evaluate_follow_ups, evaluate_scenes, shares
 
 _CARD = """---
@@ -64,17 +64,17 @@ def write_model(run, out):
     vlm.processor.save_pretrained(out)
 
 
-def write_card(out, pictures, seed, trained, progress=None):
+def write_card(out, pictures, seed, trained):
     """Measures the model in folder `out` and writes README.md and accuracy.json beside it; returns the shares."""
     from visualrwkv.loading import load
 
     vlm = load(out, dtype="float32")
     model, config = vlm.model, vlm.model.config
     seen, blind = (
-        evaluate_scenes(model, vlm.processor, pictures, seed, blind=blind, progress=progress) for blind in (False, True)
+        evaluate_scenes(model, vlm.processor, pictures, seed, blind=blind, progress=True) for blind in (False, True)
     )
     second, again = (
-        evaluate_follow_ups(model, vlm.processor, pictures, seed, look_again=look_again, progress=progress)
+        evaluate_follow_ups(model, vlm.processor, pictures, seed, look_again=look_again, progress=True)
         for look_again in (False, True)
     )
     rows, others = [], [shares(counts) for counts in (blind, second, again)]
@@ -116,8 +116,6 @@ def write_card(out, pictures, seed, trained, progress=None):
 
 def main(argv=None):
     """The command line; returns the exit code."""
-    from tqdm import tqdm
-
     parser = argparse.ArgumentParser(prog="python -m visualrwkv.scenes.card", description=__doc__.split("\n")[0])
     parser.add_argument("run", metavar="RUN", help="output folder of the last stage")
     parser.add_argument("out", metavar="OUT", help="folder of the embedded model")
@@ -131,15 +129,9 @@ def main(argv=None):
         write_model(arguments.run, arguments.out)
         if recipes:
             Path(arguments.out, "recipes.yaml").write_text("---\n".join(recipes), encoding="utf-8")
-        with tqdm(unit="question", file=sys.stderr) as bar:
-
-            def progress(done, total):
-                bar.total, bar.n = total, done
-                bar.refresh()
-
-            result = write_card(arguments.out, arguments.pictures, arguments.seed, arguments.trained, progress)
+        result = write_card(arguments.out, arguments.pictures, arguments.seed, arguments.trained)
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         return 2
     print(json.dumps(result))
     return 0

@@ -33,10 +33,17 @@ def describe(scene, language="en"):
 
 def _part(thing, language):
     if isinstance(thing, Sign):
-        kind = TEXT_KIND[language][thing.is_number]
-        return f"a sign with the {kind} {thing.text}" if language == "en" else f"一个写着{thing.text}的牌子"
-    name = object_name(language, thing.colour, thing.shape, thing.size)
+        return _sign(thing.text, language)
+    return _object(thing.size, thing.colour, thing.shape, language)
+
+
+def _object(size, colour, shape, language):
+    name = object_name(language, colour, shape, size)
     return phrases.article(name) if language == "en" else f"一个{name}"
+
+
+def _sign(text, language):
+    return f"a sign with the {TEXT_KIND['en'][text.isdigit()]} {text}" if language == "en" else f"一个写着{text}的牌子"
 
 
 def _sentence(parts, language):
@@ -100,9 +107,7 @@ def all_texts():
         yield from _answer_texts(language)
     backgrounds = [*BACKGROUNDS, *(f"{a} to {b}" for a, b in product(LIGHT_BACKGROUNDS, repeat=2) if a != b)]
     yield from (f"{background} {_BACKGROUND}" for background in backgrounds)
-    things = [phrases.article(object_name("en", c, s, size)) for size, c, s in product(SIZES, COLOURS, SHAPES)]
-    things += [f"a sign with the {TEXT_KIND['en'][text.isdigit()]} {text}" for text in SIGN_TEXTS]
-    yield from (f"{_PART_OF} {thing}" for thing in things)
+    yield from (f"{_PART_OF} {part}" for part in _all_parts("en"))
 
 
 def _question_texts(language):
@@ -152,14 +157,14 @@ def _answer_texts(language):
     yield from answers
     for letter, answer in product(LETTERS, answers):
         yield f"\n{letter}. {answer}\n{letter}. {answer}\n{CHOICE_LINES[language]}"
-    parts = [object_name(language, c, s, size) for size, c, s in product(SIZES, COLOURS, SHAPES)]
-    parts = [phrases.article(part) if language == "en" else f"一个{part}" for part in parts]
-    for text in SIGN_TEXTS:
-        kind = TEXT_KIND[language][text.isdigit()]
-        parts.append(f"a sign with the {kind} {text}" if language == "en" else f"一个写着{text}的牌子")
-    for part in parts:
+    for part in _all_parts(language):
         yield _sentence([part], language)
         yield _sentence([part, part, part], language)
+
+
+def _all_parts(language):
+    objects = [_object(size, c, s, language) for size, c, s in product(SIZES, COLOURS, SHAPES)]
+    return objects + [_sign(text, language) for text in SIGN_TEXTS]
 
 
 def _all_words():

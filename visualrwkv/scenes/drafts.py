@@ -21,17 +21,21 @@ _COUNT_WEIGHTS = {0: 1.0, 1: 1.5, 2: 2.5}
 
 @dataclass(frozen=True)
 class Draft:
-    """A question before its wording: ``answer`` is a (type, value) pair, ``wrong`` the values of false options."""
+    """A question before its wording.
+
+    ``answer`` is a (type, value) pair, ``wrong`` the values of false options; ``phrase`` names its templates where they
+    are not called as the kind.
+    """
 
     kind: str
     answer: tuple
     facts: frozenset
     asks: frozenset
-    phrase: str
     a: tuple | None = None
     b: tuple | None = None
     where: str | None = None
     wrong: tuple = ()
+    phrase: str | None = None
 
 
 class Point(NamedTuple):
@@ -115,11 +119,8 @@ def _colour(names, rng, accept, vary):
             size = thing.size if not alone or (sized and rng.random() < 0.25) else None
             reference = (size, None, thing.shape)
             facts = names.facts((thing, reference))
-            drafts.append(
-                Draft(
-                    "colour", ("word", thing.colour), facts, {f"colour:{i}"}, "colour", reference, wrong=tuple(COLOURS)
-                )
-            )
+            answer = ("word", thing.colour)
+            drafts.append(Draft("colour", answer, facts, {f"colour:{i}"}, reference, wrong=tuple(COLOURS)))
     return _pick(drafts, rng, accept)
 
 
@@ -129,9 +130,7 @@ def _shape(names, rng, accept, vary):
         if not isinstance(thing, Sign) and names.colours[thing.colour] == 1:
             reference = (None, thing.colour, None)
             facts = names.facts((thing, reference))
-            drafts.append(
-                Draft("shape", ("word", thing.shape), facts, {f"shape:{i}"}, "shape", reference, wrong=SHAPES)
-            )
+            drafts.append(Draft("shape", ("word", thing.shape), facts, {f"shape:{i}"}, reference, wrong=SHAPES))
     return _pick(drafts, rng, accept)
 
 
@@ -139,15 +138,7 @@ def _existence(names, rng, accept, vary):
     def draft(colour, shape, found):
         sets = {f"set:{colour}", f"set:{shape}"}
         asks = names.attributes(colour, shape) | sets
-        return Draft(
-            "existence",
-            ("existence", found),
-            asks,
-            asks,
-            "existence",
-            (None, colour, shape),
-            wrong=(not found,),
-        )
+        return Draft("existence", ("existence", found), asks, asks, (None, colour, shape), wrong=(not found,))
 
     present = set(names.pairs)
     yes = _pick([draft(*pair, True) for pair in sorted(present)], rng, accept)
@@ -188,7 +179,7 @@ def _count(names, rng, accept, vary):
             asks = {f"set:{word}"} if value else {f"set:{word}", "zero"}
             facts = asks | {f"{phrase}:{i}" for i, thing in enumerate(things) if getattr(thing, phrase, None) == word}
         wrong = tuple(n for n in range(max(0, value - 3), value + 4))
-        drafts.append(Draft("count", ("number", value), facts, asks, "count", (phrase, word), wrong=wrong))
+        drafts.append(Draft("count", ("number", value), facts, asks, (phrase, word), wrong=wrong))
     return _pick(drafts, rng, accept)
 
 
@@ -207,18 +198,8 @@ def _relation(names, rng, accept, vary):
         asks = _positions(where, names.index[a.key], names.index[b.key])
         facts = names.facts((a, references[0]), (b, references[1])) | asks
         found = rng.random() < 0.5
-        drafts.append(
-            Draft(
-                "relation",
-                ("relation", found),
-                facts,
-                asks,
-                "relation",
-                *references,
-                where=where if found else phrases.OPPOSITE[where],
-                wrong=(not found,),
-            )
-        )
+        asked = where if found else phrases.OPPOSITE[where]
+        drafts.append(Draft("relation", ("relation", found), facts, asks, *references, where=asked, wrong=(not found,)))
     return _pick(drafts, rng, accept)
 
 
@@ -239,7 +220,7 @@ def _place(names, rng, accept, vary):
                 references = reference, names.reference(b, rng, 0.2 * vary)
             facts = names.facts(*zip((a, b), references, strict=False)) | asks
             phrase = "place" if b is None else "seen_from"
-            drafts.append(Draft("place", ("direction", where), facts, asks, phrase, *references))
+            drafts.append(Draft("place", ("direction", where), facts, asks, *references, phrase=phrase))
     return _pick(drafts, rng, accept)
 
 
@@ -257,19 +238,8 @@ def _neighbour(names, rng, accept, vary):
             reference = names.reference(a, rng, 0.2 * vary)
             asks = _positions(where, i, j) | {f"colour:{j}", f"shape:{j}"}
             facts = names.facts((a, reference), (b, (None,))) | asks
-            answer = (b.colour, b.shape)
-            drafts.append(
-                Draft(
-                    "neighbour",
-                    ("name", answer),
-                    facts,
-                    asks,
-                    "neighbour",
-                    reference,
-                    where=where,
-                    wrong=_other_names(names, rng, b),
-                )
-            )
+            answer, wrong = ("name", (b.colour, b.shape)), _other_names(names, rng, b)
+            drafts.append(Draft("neighbour", answer, facts, asks, reference, where=where, wrong=wrong))
     return _pick(drafts, rng, accept)
 
 
@@ -296,7 +266,7 @@ def _compare(names, rng, accept, vary):
         facts = names.facts((a, references[0]), (b, references[1])) | asks
         answer = (winner.colour, winner.shape)
         wrong = ((loser.colour, loser.shape),)
-        drafts.append(Draft("compare", ("name", answer), facts, asks, phrase, *references, wrong=wrong))
+        drafts.append(Draft("compare", ("name", answer), facts, asks, *references, wrong=wrong, phrase=phrase))
     return _pick(drafts, rng, accept)
 
 
@@ -305,7 +275,7 @@ def _read(names, rng, accept, vary):
     if sign is None:
         return None
     wrong = tuple(rng.sample(SIGN_TEXTS[:100] if sign.is_number else SIGN_TEXTS[100:], 5))  # the right one is dropped
-    return _pick([Draft("read", ("text", sign.text), {"sign"}, {"sign"}, "read", wrong=wrong)], rng, accept)
+    return _pick([Draft("read", ("text", sign.text), {"sign"}, {"sign"}, wrong=wrong)], rng, accept)
 
 
 def _pick(drafts, rng, accept):

@@ -57,65 +57,73 @@ class Question:
         return not (self.facts & other.asks or other.facts & self.asks)
 
 
-def ask(
-    scene,
-    rng,
-    kind,
-    language="en",
-    *,
-    vary=0.5,
-    short_line=0.5,
-    letter_line=1.0,
-    bases=SHORT_KINDS,
-    options=OPTIONS,
-    accept=None,
-):
+@dataclass(frozen=True)
+class Wording:
+    """How questions are put. Every share is the probability for one question.
+
+    Args:
+        vary: share of questions in another wording than the usual one.
+        short_line: share of English short-answer questions that end with the line asking for a word or phrase.
+        letter_line: share of multiple-choice questions that end with the line asking for the letter.
+        bases: the kinds that a "choice" may be made of, each tried first as often as it is given.
+        options: numbers of options that a "choice" may have, each as often as it is given.
+    """
+
+    vary: float = 0.5
+    short_line: float = 0.5
+    letter_line: float = 1.0
+    bases: tuple[str, ...] = SHORT_KINDS
+    options: tuple[int, ...] = OPTIONS
+
+    def __post_init__(self):
+        _checked(self.bases, SHORT_KINDS, "base of a choice")
+
+
+def ask(scene, rng, kind, language="en", **wording):
     """One question of a kind, or None where the scene allows none.
 
     Args:
         rng: a ``random.Random``.
         kind: one of ``KINDS`` or ``LESSONS``.
         language: "en" or "zh".
-        vary: share of questions in another wording than the usual one.
-        short_line: share of English short-answer questions that end with the line asking for a word or phrase.
-        letter_line: share of multiple-choice questions that end with the line asking for the letter.
-        bases: the kinds that a "choice" may be made of (a tuple), each tried first as often as it is given.
-        options: numbers of options that a "choice" may have, each as often as it is given.
-        accept: a function of an object with ``facts`` and ``asks``; only questions that it accepts are asked.
+        wording: fields of ``Wording``.
     """
     if kind not in KINDS + LESSONS:
         raise InputError(f"kind of question {kind!r} is not known; use some of {', '.join(KINDS + LESSONS)}")
-    _checked(bases, SHORT_KINDS, "base of a choice")
     if language not in LANGUAGES:
         raise InputError(f"language {language!r} is not known; use en or zh")
+    return _ask(scene, rng, kind, language, Wording(**wording), lambda draft: True)
+
+
+def _ask(scene, rng, kind, language, wording, accept):
+    """As ``ask``, but of the drafts only one that ``accept`` lets through (a description is always let through)."""
     if kind == "describe":
         everything = _everything(scene)
-        text = _phrase(rng, language, "describe", vary)
+        text = _phrase(rng, language, "describe", wording.vary)
         return Question(kind, language, text, describe(scene, language), facts=everything, asks=everything)
-    accept = accept or (lambda draft: True)
-    names = Names(scene)
     multiple = kind in ("choice", "told")
     tried = (kind,)
     if multiple:
+        bases = wording.bases
         tried = bases if len(bases) == 1 else rng.sample(bases, len(bases))
-    draft = None
+    names, draft = Names(scene), None
     for name in tried:
-        draft = draft or BUILDERS[name](names, rng, accept, vary)
+        draft = draft or BUILDERS[name](names, rng, accept, wording.vary)
     if draft is None:
         return None
-    text = _wording(draft, scene, rng, language, vary)
+    text = _written(draft, scene, rng, language, wording.vary)
     answer = _spoken(draft.answer, language)
     facts, asks = frozenset(draft.facts), frozenset(draft.asks)
     if multiple:
-        options = _options(draft, rng, language, answer, options)
+        options = _options(draft, rng, language, answer, wording.options)
         if kind == "told":
             text = f"{text} {answer}"
         letter = LETTERS[options.index(answer)]
         lines = [text, *(f"{LETTERS[i]}. {option}" for i, option in enumerate(options))]
-        if letter_line == 1 or rng.random() < letter_line:
+        if wording.letter_line == 1 or rng.random() < wording.letter_line:
             lines.append(CHOICE_LINES[language])
         return Question(kind, language, "\n".join(lines), letter, options, draft.kind, facts, asks)
-    if language == "en" and rng.random() < short_line:
+    if language == "en" and rng.random() < wording.short_line:
         text = f"{text}\n{SHORT_LINE}"
     return Question(kind, language, text, answer, None, None, facts, asks)
 
@@ -131,7 +139,7 @@ def _phrase(rng, language, phrase, vary):
     return rng.choice(others) if rng.random() < vary else usual
 
 
-def _wording(draft, scene, rng, language, vary):
+def _written(draft, scene, rng, language, vary):
     def word(language, word):
         others = phrases.ALIASES[language].get(word)
         return rng.choice(others) if others and rng.random() < 0.3 * vary else usual_word(language, word)
@@ -142,7 +150,7 @@ def _wording(draft, scene, rng, language, vary):
         size, colour, shape = reference
         return object_name(language, colour, shape, size, word)
 
-    template = _phrase(rng, language, draft.phrase, vary)
+    template = _phrase(rng, language, draft.phrase or draft.kind, vary)
     slots = {}
     if draft.kind == "count":
         slots["p"] = _counted(language, *draft.a, word)
@@ -196,43 +204,26 @@ def _options(draft, rng, language, answer, counts):
     return tuple(options)
 
 
-def questions(scene, rng, kinds=KINDS, languages=LANGUAGES, *, vary=0.5, short_line=0.5):
+def questions(scene, rng, kinds=KINDS, languages=LANGUAGES, **wording):
     """One question of each of the kinds that the scene allows; they may give away each other's answers.
 
-    ``languages`` maps "en" and "zh" to weights, or names those that weigh the same.
+    ``languages`` maps "en" and "zh" to weights, or names those that weigh the same; ``wording`` is fields of
+    ``Wording``.
     """
     speakers, weights = _checked(languages, LANGUAGES, "language")
-    found = []
-    for kind in kinds:
-        language = rng.choices(speakers, weights)[0]
-        question = ask(scene, rng, kind, language, vary=vary, short_line=short_line)
-        if question is not None:
-            found.append(question)
-    return found
+    asked = (ask(scene, rng, kind, rng.choices(speakers, weights)[0], **wording) for kind in kinds)
+    return [question for question in asked if question is not None]
 
 
-def conversation(
-    scene,
-    rng,
-    turns,
-    *,
-    kinds=KIND_WEIGHTS,
-    languages=LANGUAGES,
-    vary=0.5,
-    short_line=0.5,
-    letter_line=1.0,
-    relations=DIRECTIONS,
-    bases=SHORT_KINDS,
-    options=OPTIONS,
-):
+def conversation(scene, rng, turns, *, kinds=KIND_WEIGHTS, languages=LANGUAGES, relations=DIRECTIONS, **wording):
     """Questions for one training sample, none of which gives away another's answer.
 
     Args:
         rng: a ``random.Random``.
         turns: the most questions wanted; a scene of few objects holds fewer. A description always stands alone.
         kinds, languages: weights by name, or names that weigh the same.
-        vary, short_line, letter_line, bases, options: as in ``ask``.
         relations: which of left, right, above and below questions of the kind relation may name.
+        wording: fields of ``Wording``.
 
     Returns:
         A list of at least one ``Question`` where the scene allows any of the kinds, in random order.
@@ -242,6 +233,7 @@ def conversation(
     pool, weights = _checked(kinds, KINDS + LESSONS, "kind of question")
     speakers, speaker_weights = _checked(languages, LANGUAGES, "language")
     places, _ = _checked(relations, DIRECTIONS, "relation")
+    wording = Wording(**wording)
     chosen, remaining = [], dict(zip(pool, weights, strict=True))
 
     def accept(draft):
@@ -252,18 +244,7 @@ def conversation(
     while remaining and len(chosen) < turns:
         kind = rng.choices(tuple(remaining), tuple(remaining.values()))[0]
         language = rng.choices(speakers, speaker_weights)[0]
-        question = ask(
-            scene,
-            rng,
-            kind,
-            language,
-            vary=vary,
-            short_line=short_line,
-            letter_line=letter_line,
-            bases=bases,
-            options=options,
-            accept=accept,
-        )
+        question = _ask(scene, rng, kind, language, wording, accept)
         if question is None:
             del remaining[kind]
             continue

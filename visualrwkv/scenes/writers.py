@@ -48,17 +48,17 @@ _SUBJECTS = {  # subject, topic, category and skill of a ScienceQA problem
 }
 
 
-def write_scenes(out, format="llava", pictures=100, seed=0, *, split=None):
+def write_scenes(out, format="llava", pictures=100, seed=0):
     """Writes pictures and their questions.
+
+    LLaVA is all training, POPE all validation; a fifth of the VQA v2 pictures are validation; ScienceQA is cut
+    3 : 1 : 1. Splits have no seed and no list of objects in common, whatever the seeds and formats.
 
     Args:
         out: a folder that is missing or empty.
         format: "llava", "vqav2", "scienceqa" or "pope".
         pictures: how many, in all splits together.
         seed: any whole number.
-        split: writes everything as this split ("train", "val" or "test"). By default LLaVA is all training, POPE all
-            validation; a fifth of the VQA v2 pictures are validation; ScienceQA is cut 3 : 1 : 1. Splits have no seed
-            and no list of objects in common, whatever the seeds and formats.
 
     Raises:
         InputError: an argument is not usable or the folder cannot be written.
@@ -69,23 +69,19 @@ def write_scenes(out, format="llava", pictures=100, seed=0, *, split=None):
         raise InputError(f"{pictures!r} pictures asked for; give a whole number from 1 up")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise InputError(f"seed {seed!r} is not a whole number")
-    if split is not None and split not in _SPLITS_OF[format]:
-        raise InputError(f"split {split!r} is not one of {format}'s: {', '.join(_SPLITS_OF[format])}")
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
             raise InputError(f"{out}: the folder is not empty; name a new one")
         with tqdm(total=pictures, desc=f"{format} scenes", unit="picture") as progress:
-            _WRITERS[format](out, pictures, seed, split, progress)
+            _WRITERS[format](out, pictures, seed, progress)
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {error.strerror or error}") from None
 
 
-def _shares(pictures, split, parts):
-    """[(split, number of pictures)]: all in ``split``, else by ``parts``, weights of which the last one is never 0."""
-    if split is not None:
-        return [(split, pictures)]
+def _shares(pictures, **parts):
+    """[(split, number of pictures)] by weights, of which the last one is never 0."""
     total = sum(parts.values())
     *first, last = parts
     shares = {name: pictures * parts[name] // total for name in first}
@@ -110,12 +106,11 @@ def _write_json(path, content, indent=1):
     path.write_bytes((json.dumps(content, ensure_ascii=False, indent=indent) + "\n").encode())
 
 
-def _write_llava(out, pictures, seed, split, progress):
-    """``<split>.json`` and ``images/*.png``."""
-    split = split or "train"
+def _write_llava(out, pictures, seed, progress):
+    """``train.json`` and ``images/*.png``."""
     records = []
     for index in range(pictures):
-        scene, rng = _sample(seed, split, index)
+        scene, rng = _sample(seed, "train", index)
         turns = conversation(scene, rng, _TURNS)
         messages = []
         for i, question in enumerate(turns):
@@ -123,15 +118,15 @@ def _write_llava(out, pictures, seed, split, progress):
             messages.append({"from": "gpt", "value": question.answer})
         name = f"{index:08d}.png"
         _save(scene, out / "images" / name)
-        records.append({"id": f"{split}-{seed}-{index}", "image": name, "conversations": messages})
+        records.append({"id": f"train-{seed}-{index}", "image": name, "conversations": messages})
         progress.update()
-    _write_json(out / f"{split}.json", records)
+    _write_json(out / "train.json", records)
 
 
-def _write_vqav2(out, pictures, seed, split, progress):
+def _write_vqav2(out, pictures, seed, progress):
     """Questions, annotations and a picture folder per split, under the official names."""
     first = 1
-    for part, number in _shares(pictures, split, {"train": 4, "val": 1}):
+    for part, number in _shares(pictures, train=4, val=1):
         questions, annotations = [], []
         for index in range(number):
             scene, rng = _sample(seed, part, index, min_objects=2)
@@ -171,10 +166,10 @@ def _coco_name(split, image_id):
     return f"COCO_{split}2014_{image_id:012d}.jpg"
 
 
-def _write_scienceqa(out, pictures, seed, split, progress):
+def _write_scienceqa(out, pictures, seed, progress):
     """``problems.json``, ``pid_splits.json``, ``images/<split>/<id>/image.png``; every tenth problem has no picture."""
     problems, ids = {}, {name: [] for name in SPLITS}
-    for part, number in _shares(pictures, split, {"train": 3, "val": 1, "test": 1}):
+    for part, number in _shares(pictures, train=3, val=1, test=1):
         for index in range(number):
             if len(problems) % 10 == 4:
                 text_rng = random.Random(f"visualrwkv text problem/{part}/{seed}/{index}")
@@ -247,14 +242,13 @@ def _problem(rng, kind, text, choices, answer, hint, image):
     }
 
 
-def _write_pope(out, pictures, seed, split, progress):
+def _write_pope(out, pictures, seed, progress):
     """``coco_pope_{random,popular,adversarial}.json`` over one folder of pictures, as many yes as no."""
-    split = split or "val"
     scenes = []
     for index in range(pictures):
-        scene, rng = _sample(seed, split, index, min_objects=2)
-        name = _coco_name(split, index + 1)
-        _save(scene, out / f"{split}2014" / name)
+        scene, rng = _sample(seed, "val", index, min_objects=2)
+        name = _coco_name("val", index + 1)
+        _save(scene, out / "val2014" / name)
         scenes.append((name, {(thing.colour, thing.shape) for thing in scene.shapes}, rng))
         progress.update()
     everything = [(colour, shape) for colour in COLOURS for shape in SHAPES]
@@ -281,4 +275,3 @@ def _write_pope(out, pictures, seed, split, progress):
 
 
 _WRITERS = {"llava": _write_llava, "vqav2": _write_vqav2, "scienceqa": _write_scienceqa, "pope": _write_pope}
-_SPLITS_OF = {"llava": SPLITS, "vqav2": ("train", "val"), "scienceqa": SPLITS, "pope": ("val", "test")}
