@@ -9,12 +9,11 @@ since on a shared machine the clock on the wall tells about the others. The wall
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
 
-from bench.real_size import RESULTS, surroundings
+from bench.report import RESULTS, save, show
 
 LIMIT = 0.10  # last turn against the second
 TURNS = 50
@@ -85,9 +84,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "chat_turns.json")
     options = parser.parse_args()
     results = run(options.repeats)
-    for name, value in results.items():
-        print(f"{name:28} {value}")
-    options.out.write_text(json.dumps(surroundings() | {"results": results}, indent=2) + "\n")
+    show(results, 28)
+    save(results, options.out)
     return 0 if results["within limits"] else 1
 
 

@@ -9,17 +9,14 @@ the answer means nothing; sizes and times are those of the released model.
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+from bench.report import RESULTS, save, show
+
 QUESTION = "What is in the picture?"
 LIMIT = 1.35  # peak memory over weights
 TINY = {
@@ -121,25 +118,6 @@ def measure(path: Path, tokens: int) -> dict:
     }
 
 
-def surroundings() -> dict:
-    """Machine, date, versions, commit."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True, cwd=RESULTS.parent
-    )
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"cpu": cpu, "cores": os.cpu_count(), "memory GiB": round(memory / 2**30, 1)},
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "open_clip_torch")}
-        | {"python": platform.python_version()},
-        "commit": commit.stdout.strip(),
-    }
-
-
 def run(tiny: bool, folder: Path, tokens: int, keep: bool) -> dict:
     """Write, load and ask, each in a process of its own; returns all numbers."""
     path = folder / ("tiny.pth" if tiny else "VisualRWKV-v060-1B6-random.pth")
@@ -156,13 +134,15 @@ def run(tiny: bool, folder: Path, tokens: int, keep: bool) -> dict:
     return {"weights bytes": weights, "peak / weights": ratio, "within limit": ratio < LIMIT or tiny} | numbers
 
 
-def show(numbers: dict) -> None:
+def readable(numbers: dict) -> dict:
+    """Bytes as MiB, fractions with three digits."""
+    shown = {}
     for name, value in numbers.items():
         if name.endswith(" bytes"):
-            name, value = name.removesuffix("bytes") + "MiB", f"{value / 2**20:,.1f}"
-        elif isinstance(value, float):
-            value = f"{value:,.3f}"
-        print(f"{name:28} {value}")
+            shown[name.removesuffix("bytes") + "MiB"] = f"{value / 2**20:,.1f}"
+        else:
+            shown[name] = f"{value:,.3f}" if isinstance(value, float) else value
+    return shown
 
 
 def main() -> int:
@@ -187,11 +167,11 @@ def main() -> int:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         numbers = run(options.tiny, folder, options.tokens, options.keep)
-    show(numbers)
+    show(readable(numbers), 28)
     out = options.out or (None if options.tiny else RESULTS / "real_size.json")
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(surroundings() | {"results": numbers}, indent=2) + "\n")
+        save(numbers, out)
         print(f"written: {out}")
     return 0 if numbers["within limit"] else 1
 

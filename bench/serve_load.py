@@ -24,9 +24,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from bench.real_size import RESULTS, surroundings
+from bench.report import RESULTS, save, show
 
 CLIENTS = 32
+SLOTS, QUEUE = 32, 64  # of the server
 KILLED = 0.05  # share of the requests whose client leaves midway
 LIMIT = 3.0  # times the throughput of one after another
 BURST = 200  # requests at one moment, more than slots and queue hold
@@ -165,7 +166,7 @@ def idle(address, seconds=30):
     """Whether all slots get free."""
     for _ in range(seconds * 10):
         now = health(address)
-        if (now["running"], now["waiting"], now["tickets"]) == (0, 0, 96):
+        if (now["running"], now["waiting"], now["tickets"]) == (0, 0, SLOTS + QUEUE):
             return True
         time.sleep(0.1)
     return False
@@ -176,8 +177,8 @@ def run(seconds: float, questions: int, dtype: str) -> dict:
 
     vlm = visualrwkv.load(dtype=dtype)
     cases = {name: make_cases(questions, vlm, kind) for name, kind in LOADS.items()}
-    command = [sys.executable, "-m", "visualrwkv.cli", "serve", "--port", "0", "--slots", "32", "--queue", "64"]
-    command += ["--dtype", dtype]
+    command = [sys.executable, "-m", "visualrwkv.cli", "serve", "--port", "0", "--dtype", dtype]
+    command += ["--slots", str(SLOTS), "--queue", str(QUEUE)]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         port = int(re.search(r"http://127\.0\.0\.1:(\d+)", server.stderr.readline())[1])
@@ -240,14 +241,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "serve_load.json")
     options = parser.parse_args()
     results = run(options.seconds, options.questions, options.dtype)
-    for name, value in results.items():
-        if name in LOADS:
-            print(name)
-            for part, number in value.items():
-                print(f"  {part:40} {number}")
-        else:
-            print(f"{name:42} {value}")
-    options.out.write_text(json.dumps(surroundings() | {"results": results}, indent=2) + "\n")
+    show(results, 42, LOADS)
+    save(results, options.out)
     return 0 if results["within limits"] else 1
 
 
