@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.report import RESULTS, save, show
+from bench.report import RESULTS, resident, save, show
 
 QUESTION = "What is in the picture?"
 LIMIT = 1.35  # peak memory over weights
@@ -66,14 +66,6 @@ def photograph():
     return Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8))
 
 
-def peak_memory() -> int:
-    """Largest resident set of this process so far, in bytes (Linux)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status names no VmHWM")
-
-
 def measure(path: Path, tokens: int) -> dict:
     """Load the checkpoint and ask it, in this process."""
     clock = time.perf_counter
@@ -83,9 +75,9 @@ def measure(path: Path, tokens: int) -> dict:
     import visualrwkv
     from visualrwkv.prompt import Turn
 
-    imported, imports_peak = clock(), peak_memory()
+    imported, imports_peak = clock(), resident("VmHWM")
     vlm = visualrwkv.load(path, device="cpu", dtype="bfloat16")
-    loaded, load_peak = clock(), peak_memory()
+    loaded, load_peak = clock(), resident("VmHWM")
     model = vlm.model
     picture = photograph()
     inputs = vlm.processor.prepare(images=[[picture]], turns=[[Turn("user", QUESTION, images=1)]], open_reply=True)
@@ -112,7 +104,7 @@ def measure(path: Path, tokens: int) -> dict:
         "state bytes": out.cache.nbytes,
         "peak after import bytes": imports_peak,
         "peak after load bytes": load_peak,
-        "peak bytes": peak_memory(),
+        "peak bytes": resident("VmHWM"),
         "answer characters": len(answer),
         "threads": torch.get_num_threads(),
     }

@@ -1,6 +1,6 @@
-"""What the scripts do with their numbers: print them, and write them with machine, date, versions and commit.
+"""Memory of a process, numbers printed, numbers written with machine, date, versions and commit.
 
-Without torch, as some scripts measure what importing it takes.
+Without torch, whose import bench.real_size times.
 """
 
 import json
@@ -31,6 +31,14 @@ def surroundings() -> dict:
         | {"python": platform.python_version()},
         "commit": commit.stdout.strip(),
     }
+
+
+def resident(which: str) -> int:
+    """Bytes of this process in memory (Linux): now with "VmRSS", at most so far with "VmHWM"."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{which}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status names no {which}")
 
 
 def show(numbers: dict, width: int, parts=()) -> None:

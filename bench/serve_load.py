@@ -72,6 +72,10 @@ class Tally:
                 self.waits.append(seconds)
 
 
+def post(connection, data: str) -> None:
+    connection.request("POST", "/v1/chat/completions", data, {"Content-Type": "application/json"})
+
+
 def client(address, cases, until, seed, killed, tally):
     """Ask until the time is over."""
     rng = random.Random(seed)
@@ -81,8 +85,7 @@ def client(address, cases, until, seed, killed, tally):
         leaves, streams = rng.random() < killed, rng.random() < 0.5
         start = time.monotonic()
         try:
-            data = json.dumps(body | {"stream": streams or leaves, **_usage(streams or leaves)})
-            connection.request("POST", "/v1/chat/completions", data, {"Content-Type": "application/json"})
+            post(connection, json.dumps(body | {"stream": streams or leaves, **_usage(streams or leaves)}))
             if leaves:  # at any moment: before the answer begins, or within it
                 time.sleep(rng.random() * 0.2)
                 connection.close()
@@ -116,17 +119,20 @@ def read(answer, streams):
     return text, chunks[-1]["usage"]["completion_tokens"]
 
 
-def load(address, cases, clients, seconds, killed):
-    """Let clients ask for some time; returns their tally and the seconds until the last one had its answer."""
-    tally, start = Tally(), time.monotonic()
-    until = start + seconds
-    threads = [
-        threading.Thread(target=client, args=(address, cases, until, seed, killed, tally)) for seed in range(clients)
-    ]
+def together(count, function):
+    """Call a function with each number below `count`, all at once, and wait for them."""
+    threads = [threading.Thread(target=function, args=(index,)) for index in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+
+
+def load(address, cases, clients, seconds, killed):
+    """Let clients ask for some time; returns their tally and the seconds until the last one had its answer."""
+    tally, start = Tally(), time.monotonic()
+    until = start + seconds
+    together(clients, lambda seed: client(address, cases, until, seed, killed, tally))
     return tally, time.monotonic() - start
 
 
@@ -139,7 +145,7 @@ def burst(address, cases):
         data = json.dumps(cases[index % len(cases)][0])
         barrier.wait()
         try:
-            connection.request("POST", "/v1/chat/completions", data, {"Content-Type": "application/json"})
+            post(connection, data)
             answer = connection.getresponse()
             answer.read()
             what = str(answer.status)
@@ -148,11 +154,7 @@ def burst(address, cases):
         with lock:
             seen[what] += 1
 
-    threads = [threading.Thread(target=ask, args=(index,)) for index in range(BURST)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    together(BURST, ask)
     return dict(seen)
 
 
