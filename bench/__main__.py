@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from bench.real_size import RESULTS, surroundings
+from bench.report import RESULTS, surroundings
 from bench.targets import judge
 
 CASES = {

@@ -9,25 +9,16 @@ since on a shared machine the clock on the wall tells about the others. The wall
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
 
-from bench.real_size import RESULTS, surroundings
+from bench.report import RESULTS, resident, save, show
 
 LIMIT = 0.10  # last turn against the second
 TURNS = 50
 TOKENS = 24
 QUESTION = "How many objects are there?"
-
-
-def resident() -> int:
-    """Bytes of this process in memory now (Linux)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status names no VmRSS")
 
 
 def run(repeats: int) -> dict:
@@ -56,7 +47,7 @@ def run(repeats: int) -> dict:
             tokens = chat.stats.prompt_tokens + chat.stats.reply_tokens
             best, wall = min(best, work / tokens), min(wall, seconds / tokens)
         turns.append({"tokens": tokens, "ms a token": best * 1000, "wall": wall * 1000, "state": chat.nbytes,
-                      "resident": resident()})  # fmt: skip
+                      "resident": resident("VmRSS")})  # fmt: skip
     second, last = turns[0], turns[-1]
     time_ratio, memory_ratio = last["ms a token"] / second["ms a token"], last["resident"] / second["resident"]
     return {
@@ -85,9 +76,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "chat_turns.json")
     options = parser.parse_args()
     results = run(options.repeats)
-    for name, value in results.items():
-        print(f"{name:28} {value}")
-    options.out.write_text(json.dumps(surroundings() | {"results": results}, indent=2) + "\n")
+    show(results, 28)
+    save(results, options.out)
     return 0 if results["within limits"] else 1
 
 

@@ -19,7 +19,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from bench.real_size import RESULTS, surroundings
+from bench.report import RESULTS, save, show
 from visualrwkv.prompt import SHORT_ANSWER, Turn
 
 BATCH = 32
@@ -125,14 +125,8 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         results = run(Path(folder), options.pictures, options.rounds)
-    for name, value in results.items():
-        if isinstance(value, dict):
-            print(name)
-            for part, number in value.items():
-                print(f"  {part:44} {number}")
-        else:
-            print(f"{name:46} {value}")
-    options.out.write_text(json.dumps(surroundings() | {"results": results}, indent=2) + "\n")
+    show(results, 46, DTYPES)
+    save(results, options.out)
     return 0 if all(results[dtype]["within limits"] for dtype in DTYPES) else 1
 
 

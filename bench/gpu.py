@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from bench.gpu_parts import MARK, PARTS
-from bench.real_size import RESULTS, surroundings
+from bench.report import RESULTS, surroundings
 
 
 def line(result: dict) -> str:

@@ -66,7 +66,7 @@ def milliseconds(function, seconds: float = 1.0) -> dict:
 
 
 def probes() -> dict:
-    """What the machine can do: copy bandwidth (read and written bytes) and bfloat16 matrix products."""
+    """Report what the machine can do: copy bandwidth (read and written bytes) and bfloat16 matrix products."""
     import torch
 
     source = torch.empty(COPIED, device="cuda")
@@ -74,7 +74,9 @@ def probes() -> dict:
     copy = milliseconds(lambda: target.copy_(source))["ms"]
     a = torch.randn(SQUARE, SQUARE, device="cuda", dtype=torch.bfloat16)
     product = milliseconds(lambda: a @ a)["ms"]
-    return {"copy GB/s": 2 * source.nbytes / copy / 1e6, "bf16 TFLOP/s": 2 * SQUARE**3 / product / 1e9}
+    numbers = {"copy GB/s": 2 * source.nbytes / copy / 1e6, "bf16 TFLOP/s": 2 * SQUARE**3 / product / 1e9}
+    report("probes", **numbers)
+    return numbers
 
 
 def sample(batch, length, heads, size=64, mean=-2.0, spread=1.5, dtype=None):
@@ -196,7 +198,6 @@ def _time_wkv(case, form, shape, copy, backward):
 
 def part_wkv():
     numbers = probes()
-    report("probes", **numbers)
     for shape in ROWS:
         for backward in (False, True):
             for name, form in _wkv_forms().items():
@@ -258,7 +259,6 @@ def _decode(case, rwkv, batch, copy):
 
 def part_decode():
     numbers = probes()
-    report("probes", **numbers)
     for name in MODELS:
         rwkv = _model(name)
         for batch in (1, 128) if name == "1.6B" else (1,):
@@ -293,7 +293,6 @@ def _prefill(case, name, length, product):
 
 def part_prefill():
     numbers = probes()
-    report("probes", **numbers)
     for name in MODELS:
         attempt(f"prefill {PROMPT} {name}", _prefill, name, PROMPT, numbers["bf16 TFLOP/s"])
 
@@ -334,7 +333,6 @@ def part_train():
     import torch
 
     numbers = probes()
-    report("probes", **numbers)
     rwkv = _model("1.6B").train()
     for block in rwkv.blocks:  # what transformers' gradient_checkpointing_enable does to the whole model
         block.gradient_checkpointing = True

@@ -4,13 +4,13 @@ python -m bench.int8_loss [--pictures N]
 """
 
 import argparse
-import json
 import sys
+from pathlib import Path
 
 import torch
 
 import visualrwkv
-from bench.real_size import surroundings
+from bench.report import save
 from visualrwkv.data import Collator, encode_sample, pixels
 from visualrwkv.ops.int8 import quantize_linears
 from visualrwkv.prompt import Turn
@@ -47,7 +47,7 @@ def loss(vlm, samples) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.int8_loss", description=__doc__.split("\n")[0])
     parser.add_argument("--pictures", metavar="N", type=int, default=100)
-    parser.add_argument("--out", help="write the numbers as JSON, usually bench/results/int8_loss.json")
+    parser.add_argument("--out", type=Path, help="write the numbers as JSON, usually bench/results/int8_loss.json")
     options = parser.parse_args()
     samples = list(conversations(options.pictures))
     results = {"replies": len(samples)}
@@ -63,9 +63,7 @@ def main() -> int:
         results[name] = loss(vlm, samples)
         print(f"{name:40} {results[name]:.5f}", flush=True)
     if options.out:
-        with open(options.out, "w", encoding="utf-8") as file:
-            json.dump(surroundings() | {"results": results}, file, indent=2)
-            file.write("\n")
+        save(results, options.out)
     return 0
 
 

@@ -11,10 +11,11 @@ from bench import llama
 from bench.measure import (
     PAIR,
     bandwidth_probe,
+    by_modules,
     check,
+    check_against_modules,
     gemm_probe,
     in_turns,
-    plain,
     random_language_model,
     relative_error,
 )
@@ -114,16 +115,9 @@ def decode(quick: bool) -> list[dict]:
         if name == "int8":
             quantize_linears(model)
         ours = decoder(model, state)
-        with plain():
-            wanted = decoder(model, state, 1)()
-        error = check("decode", relative_error(decoder(model, state, 1)(), wanted), 1e-5 if name == "fp32" else 2e-2)
-
-        def modules(ours=ours):
-            with plain():
-                ours()
-
-        probe = bandwidth_probe()
-        times = in_turns({"ours": ours, "probe": probe} | peers | {"modules": modules}, 5 if quick else 9)
+        error = check_against_modules("decode", decoder(model, state, 1), 1e-5 if name == "fp32" else 2e-2)
+        peers = {"ours": ours, "probe": bandwidth_probe()} | peers | {"modules": by_modules(ours)}
+        times = in_turns(peers, 5 if quick else 9)
         per_token, weights = times["ours"]["median"] / TOKENS, read_bytes(model)
         read = (256 << 20) / times["probe"]["median"] / 1e6
         result = {
@@ -149,15 +143,8 @@ def decode_batched(quick: bool) -> list[dict]:
     for batch in (4, 8, 16):
         state = start(model, batch)
         ours = decoder(model, state, 2)
-
-        def modules(ours=ours):
-            with plain():
-                ours()
-
-        with plain():
-            wanted = decoder(model, state, 1)()
-        error = check("decode_batched", relative_error(decoder(model, state, 1)(), wanted), 2e-2)
-        times = in_turns({"ours": ours, "modules": modules}, 5)
+        error = check_against_modules("decode_batched", decoder(model, state, 1), 2e-2)
+        times = in_turns({"ours": ours, "modules": by_modules(ours)}, 5)
         median = times["ours"]["median"]
         results.append(
             {
@@ -201,8 +188,7 @@ def prefill(quick: bool) -> list[dict]:
                 peers["pip rwkv"] = lambda peer=peer, ids=ids: peer.forward(ids[0].tolist(), None)
             if llama_peer is not None:
                 peers["llama.cpp"] = lambda peer=llama_peer, ids=ids: (peer.reset(), peer.forward(ids[0].tolist()))
-            with plain():
-                wanted = ours()
+            wanted = by_modules(ours)()
             if "pip rwkv" in peers:
                 limit = 1e-3 if name == "fp32" else 0.1
                 check("prefill, pip rwkv", relative_error(peers["pip rwkv"]()[0], wanted[0, 0]), limit)
@@ -267,12 +253,8 @@ def train_step(quick: bool) -> list[dict]:
             loss.backward()
             return model.blocks[0].att.key.weight.grad.clone()
 
-        def chunked(ours=ours):
-            with plain():
-                return ours()
-
-        error = check("train_step", relative_error(ours(), chunked()), 1e-3)
-        times = in_turns({"ours": ours, "chunked": chunked}, 3)
+        error = check_against_modules("train_step", ours, 1e-3)
+        times = in_turns({"ours": ours, "chunked": by_modules(ours)}, 3)
         ratio = times["chunked"]["median"] / times["ours"]["median"]
         results.append({"model": name, "T": ids.shape[1], "times chunked": ratio, "error": error, "ms": times})
     return results

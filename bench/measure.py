@@ -2,11 +2,11 @@
 
 import statistics
 import time
-from contextlib import contextmanager
 
 import numpy
 import torch
 
+from visualrwkv.ops import use_kernel
 from visualrwkv.ops.linear import linear
 
 PAIR = {"vocab_size": 65536, "hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 2688}  # 0.2B
@@ -56,13 +56,9 @@ def gemm_probe(rows: int, hidden: int, inner: int, dtype):
     return lambda: linear(a, b)
 
 
-@contextmanager
-def plain():
-    """The PyTorch modules alone."""
-    from visualrwkv.ops import use_kernel
-
-    with use_kernel(False):
-        yield
+def by_modules(function):
+    """The function, computed by the PyTorch modules alone."""
+    return use_kernel(False)(function)
 
 
 def random_language_model(dtype=torch.float32, seed=0, **sizes):
@@ -91,3 +87,8 @@ def check(name: str, value: float, limit: float) -> float:
     if not value <= limit:
         raise SystemExit(f"{name}: the error is {value:.2e}, more than {limit:.0e}; nothing was timed")
     return value
+
+
+def check_against_modules(name: str, function, limit: float) -> float:
+    """The error of what a function returns, against the modules."""
+    return check(name, relative_error(function(), by_modules(function)()), limit)

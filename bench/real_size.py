@@ -9,17 +9,14 @@ the answer means nothing; sizes and times are those of the released model.
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+from bench.report import RESULTS, resident, save, show
+
 QUESTION = "What is in the picture?"
 LIMIT = 1.35  # peak memory over weights
 TINY = {
@@ -69,14 +66,6 @@ def photograph():
     return Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8))
 
 
-def peak_memory() -> int:
-    """Largest resident set of this process so far, in bytes (Linux)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status names no VmHWM")
-
-
 def measure(path: Path, tokens: int) -> dict:
     """Load the checkpoint and ask it, in this process."""
     clock = time.perf_counter
@@ -86,9 +75,9 @@ def measure(path: Path, tokens: int) -> dict:
     import visualrwkv
     from visualrwkv.prompt import Turn
 
-    imported, imports_peak = clock(), peak_memory()
+    imported, imports_peak = clock(), resident("VmHWM")
     vlm = visualrwkv.load(path, device="cpu", dtype="bfloat16")
-    loaded, load_peak = clock(), peak_memory()
+    loaded, load_peak = clock(), resident("VmHWM")
     model = vlm.model
     picture = photograph()
     inputs = vlm.processor.prepare(images=[[picture]], turns=[[Turn("user", QUESTION, images=1)]], open_reply=True)
@@ -115,28 +104,9 @@ def measure(path: Path, tokens: int) -> dict:
         "state bytes": out.cache.nbytes,
         "peak after import bytes": imports_peak,
         "peak after load bytes": load_peak,
-        "peak bytes": peak_memory(),
+        "peak bytes": resident("VmHWM"),
         "answer characters": len(answer),
         "threads": torch.get_num_threads(),
-    }
-
-
-def surroundings() -> dict:
-    """Machine, date, versions, commit."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True, cwd=RESULTS.parent
-    )
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"cpu": cpu, "cores": os.cpu_count(), "memory GiB": round(memory / 2**30, 1)},
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "open_clip_torch")}
-        | {"python": platform.python_version()},
-        "commit": commit.stdout.strip(),
     }
 
 
@@ -156,13 +126,15 @@ def run(tiny: bool, folder: Path, tokens: int, keep: bool) -> dict:
     return {"weights bytes": weights, "peak / weights": ratio, "within limit": ratio < LIMIT or tiny} | numbers
 
 
-def show(numbers: dict) -> None:
+def readable(numbers: dict) -> dict:
+    """Bytes as MiB, fractions with three digits."""
+    shown = {}
     for name, value in numbers.items():
         if name.endswith(" bytes"):
-            name, value = name.removesuffix("bytes") + "MiB", f"{value / 2**20:,.1f}"
-        elif isinstance(value, float):
-            value = f"{value:,.3f}"
-        print(f"{name:28} {value}")
+            shown[name.removesuffix("bytes") + "MiB"] = f"{value / 2**20:,.1f}"
+        else:
+            shown[name] = f"{value:,.3f}" if isinstance(value, float) else value
+    return shown
 
 
 def main() -> int:
@@ -187,11 +159,11 @@ def main() -> int:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         numbers = run(options.tiny, folder, options.tokens, options.keep)
-    show(numbers)
+    show(readable(numbers), 28)
     out = options.out or (None if options.tiny else RESULTS / "real_size.json")
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(surroundings() | {"results": numbers}, indent=2) + "\n")
+        save(numbers, out)
         print(f"written: {out}")
     return 0 if numbers["within limit"] else 1
 

@@ -24,9 +24,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from bench.real_size import RESULTS, surroundings
+from bench.report import RESULTS, save, show
 
 CLIENTS = 32
+SLOTS, QUEUE = 32, 64  # of the server
 KILLED = 0.05  # share of the requests whose client leaves midway
 LIMIT = 3.0  # times the throughput of one after another
 BURST = 200  # requests at one moment, more than slots and queue hold
@@ -71,6 +72,10 @@ class Tally:
                 self.waits.append(seconds)
 
 
+def post(connection, data: str) -> None:
+    connection.request("POST", "/v1/chat/completions", data, {"Content-Type": "application/json"})
+
+
 def client(address, cases, until, seed, killed, tally):
     """Ask until the time is over."""
     rng = random.Random(seed)
@@ -80,8 +85,7 @@ def client(address, cases, until, seed, killed, tally):
         leaves, streams = rng.random() < killed, rng.random() < 0.5
         start = time.monotonic()
         try:
-            data = json.dumps(body | {"stream": streams or leaves, **_usage(streams or leaves)})
-            connection.request("POST", "/v1/chat/completions", data, {"Content-Type": "application/json"})
+            post(connection, json.dumps(body | {"stream": streams or leaves, **_usage(streams or leaves)}))
             if leaves:  # at any moment: before the answer begins, or within it
                 time.sleep(rng.random() * 0.2)
                 connection.close()
@@ -115,17 +119,20 @@ def read(answer, streams):
     return text, chunks[-1]["usage"]["completion_tokens"]
 
 
-def load(address, cases, clients, seconds, killed):
-    """Let clients ask for some time; returns their tally and the seconds until the last one had its answer."""
-    tally, start = Tally(), time.monotonic()
-    until = start + seconds
-    threads = [
-        threading.Thread(target=client, args=(address, cases, until, seed, killed, tally)) for seed in range(clients)
-    ]
+def together(count, function):
+    """Call a function with each number below `count`, all at once, and wait for them."""
+    threads = [threading.Thread(target=function, args=(index,)) for index in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+
+
+def load(address, cases, clients, seconds, killed):
+    """Let clients ask for some time; returns their tally and the seconds until the last one had its answer."""
+    tally, start = Tally(), time.monotonic()
+    until = start + seconds
+    together(clients, lambda seed: client(address, cases, until, seed, killed, tally))
     return tally, time.monotonic() - start
 
 
@@ -138,7 +145,7 @@ def burst(address, cases):
         data = json.dumps(cases[index % len(cases)][0])
         barrier.wait()
         try:
-            connection.request("POST", "/v1/chat/completions", data, {"Content-Type": "application/json"})
+            post(connection, data)
             answer = connection.getresponse()
             answer.read()
             what = str(answer.status)
@@ -147,11 +154,7 @@ def burst(address, cases):
         with lock:
             seen[what] += 1
 
-    threads = [threading.Thread(target=ask, args=(index,)) for index in range(BURST)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    together(BURST, ask)
     return dict(seen)
 
 
@@ -165,7 +168,7 @@ def idle(address, seconds=30):
     """Whether all slots get free."""
     for _ in range(seconds * 10):
         now = health(address)
-        if (now["running"], now["waiting"], now["tickets"]) == (0, 0, 96):
+        if (now["running"], now["waiting"], now["tickets"]) == (0, 0, SLOTS + QUEUE):
             return True
         time.sleep(0.1)
     return False
@@ -176,8 +179,8 @@ def run(seconds: float, questions: int, dtype: str) -> dict:
 
     vlm = visualrwkv.load(dtype=dtype)
     cases = {name: make_cases(questions, vlm, kind) for name, kind in LOADS.items()}
-    command = [sys.executable, "-m", "visualrwkv.cli", "serve", "--port", "0", "--slots", "32", "--queue", "64"]
-    command += ["--dtype", dtype]
+    command = [sys.executable, "-m", "visualrwkv.cli", "serve", "--port", "0", "--dtype", dtype]
+    command += ["--slots", str(SLOTS), "--queue", str(QUEUE)]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         port = int(re.search(r"http://127\.0\.0\.1:(\d+)", server.stderr.readline())[1])
@@ -240,14 +243,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "serve_load.json")
     options = parser.parse_args()
     results = run(options.seconds, options.questions, options.dtype)
-    for name, value in results.items():
-        if name in LOADS:
-            print(name)
-            for part, number in value.items():
-                print(f"  {part:40} {number}")
-        else:
-            print(f"{name:42} {value}")
-    options.out.write_text(json.dumps(surroundings() | {"results": results}, indent=2) + "\n")
+    show(results, 42, LOADS)
+    save(results, options.out)
     return 0 if results["within limits"] else 1
 
 

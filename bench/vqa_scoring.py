@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from bench.real_size import surroundings
+from bench.report import save, show
 
 QUESTIONS = 214_354
 QUESTIONS_FILE = "v2_OpenEnded_mscoco_val2014_questions.json"
@@ -157,10 +157,9 @@ def main(argv=None):
         start = time.perf_counter()
         numbers["plain loop score"] = round(plain_score(options.folder), 4)
         numbers["plain loop seconds"] = round(time.perf_counter() - start, 1)
-    for name, value in numbers.items():
-        print(f"{name:20} {value}")
+    show(numbers, 20)
     if options.out:
-        options.out.write_text(json.dumps(surroundings() | {"results": numbers}, indent=2) + "\n")
+        save(numbers, options.out)
     return 0 if numbers.get("plain loop score", numbers["score"]) == numbers["score"] else 1
 
 

@@ -2,11 +2,25 @@
 
 import os
 import sys
+from functools import partial
 
 import pytest
 import torch
-from test_kernel import COMPILER, NAMES, in_double, python
-from test_ops import DECAYS, check_golden, error, golden, gradients, sample
+from test_kernel import python
+from test_ops import (
+    COMPILER,
+    DECAYS,
+    check,
+    check_golden,
+    check_low_precision,
+    compare,
+    error,
+    golden,
+    gradients,
+    needs_kernel,
+    same_bits,
+    sample,
+)
 
 from visualrwkv.ops import build, use_kernel, wkv6, wkv6_chunked, wkv6_kernel, wkv6_reference
 
@@ -36,8 +50,9 @@ def on_gpu(inputs):
     return [x.to(GPU) for x in inputs]
 
 
-def outputs(form, inputs, gy, gs):
-    return [x.cpu() for x in gradients(form, on_gpu(inputs), gy.to(GPU), gs.to(GPU))]
+def by_gpu(form):
+    """The form for tensors of the CPU, computed on the GPU; gradients flow through."""
+    return lambda *inputs: [x.cpu() for x in form(*on_gpu(inputs))]
 
 
 # ---- Without a GPU.
@@ -63,7 +78,7 @@ print(len(caught), build.outcome("cpu"), "|", build.outcome("cuda"))
 """
 
 
-@pytest.mark.skipif(not COMPILER or sys.platform == "win32", reason="needs a C++ compiler")
+@needs_kernel
 def test_without_nvcc_there_is_one_warning_and_a_reason(tmp_path):
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     # for architectures that nobody has built for: a library that is there already needs no nvcc
@@ -174,48 +189,32 @@ class TestOnAGPU:
     @pytest.mark.parametrize("name", ["wkv6_a", "wkv6_b", "wkv6_extreme"])
     def test_golden(self, name):
         data = golden(f"{name}.safetensors")
-        results = gradients(wkv6, on_gpu(data[key] for key in "rkvwu"), data["gy"].to(GPU))
-        check_golden(data, "", [x.cpu() for x in results])
+        check_golden(data, "", gradients(by_gpu(wkv6), [data[key] for key in "rkvwu"], data["gy"]))
 
     @pytest.mark.parametrize("name", ["wkv6_state", "wkv6_state_gs"])
     def test_golden_from_a_state(self, name):
         data = golden(f"{name}.safetensors")
-        inputs = on_gpu(data[key] for key in ("r", "k", "v", "w", "u", "s0"))
-        gs = data.get("gs_out")
-        results = gradients(wkv6, inputs, data["gy"].to(GPU), None if gs is None else gs.to(GPU))
-        check_golden(data, "__s0", [x.cpu() for x in results])
+        inputs = [data[key] for key in ("r", "k", "v", "w", "u", "s0")]
+        check_golden(data, "__s0", gradients(by_gpu(wkv6), inputs, data["gy"], data.get("gs_out")))
 
     @pytest.mark.parametrize("size", [32, 64, 128])
     @pytest.mark.parametrize("time", [1, 5, 15, 16, 17, 100, 641])
     def test_head_sizes_and_lengths(self, size, time):
-        inputs = sample(2, time, 3, size)
-        gy, gs = torch.randn_like(inputs[0]), torch.randn_like(inputs[5])
-        exact = in_double(wkv6_chunked, inputs, gy, gs)
-        for name, value, wanted in zip(NAMES, outputs(wkv6_kernel, inputs, gy, gs), exact, strict=True):
-            assert error(value, wanted) < (1e-5 if name == "w" else 3e-6), name
+        check(by_gpu(wkv6_kernel), sample(2, time, 3, size), 3e-6, exact=wkv6_chunked, w=1e-5)
 
     @pytest.mark.parametrize("batch", [1, 64])
     @pytest.mark.parametrize(("mean", "spread"), DECAYS)
     def test_every_decay(self, mean, spread, batch):
         """A few sequences in segments, and many in one."""
         inputs = sample(batch, 300, 4, mean=mean, spread=spread)
-        gy, gs = torch.randn_like(inputs[0]), torch.randn_like(inputs[5])
-        exact = in_double(wkv6_chunked, inputs, gy, gs)
-        for name, value, wanted in zip(NAMES, outputs(wkv6_kernel, inputs, gy, gs), exact, strict=True):
-            assert error(value, wanted) < (1e-5 if name == "w" else 3e-6), name
+        check(by_gpu(wkv6_kernel), inputs, 3e-6, exact=wkv6_chunked, w=1e-5)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("time", [7, 300])
     def test_low_precision_is_within_twice_the_naive_recurrence(self, dtype, time):
         inputs = sample(2, time, 2, mean=-3.0, dtype=dtype)
         inputs[5] = inputs[5].float()
-        gy, gs = torch.randn_like(inputs[0]), torch.randn_like(inputs[5])
-        exact = in_double(wkv6_reference, inputs, gy, gs)
-        naive = gradients(wkv6_reference, inputs, gy, gs)
-        results = outputs(wkv6_kernel, inputs, gy, gs)
-        for name, value, rough, wanted in zip(NAMES, results, naive, exact, strict=True):
-            assert value.dtype == rough.dtype, name
-            assert error(value, wanted) <= max(2 * error(rough, wanted), 3e-6), name
+        check_low_precision(partial(gradients, by_gpu(wkv6_kernel)), inputs, 3e-6)
 
     def test_float64_and_other_head_sizes_are_left_to_pytorch(self):
         inputs = [x.requires_grad_() for x in on_gpu(sample(1, 9, 2, 3, mean=-1.0, dtype=torch.float64))]
@@ -238,9 +237,9 @@ class TestOnAGPU:
         inputs = sample(2, 500, 4, dtype=torch.bfloat16)
         inputs[5] = inputs[5].float()
         gy, gs = torch.randn_like(inputs[0]), torch.randn_like(inputs[5])
-        first = outputs(wkv6_kernel, inputs, gy, gs)
+        first = gradients(by_gpu(wkv6_kernel), inputs, gy, gs)
         for _ in range(3):
-            assert all(torch.equal(a, b) for a, b in zip(first, outputs(wkv6_kernel, inputs, gy, gs), strict=True))
+            assert same_bits(gradients(by_gpu(wkv6_kernel), inputs, gy, gs), first)
 
     def test_padding_leaves_the_state_untouched(self):
         for time in (5, 40):
@@ -260,13 +259,13 @@ class TestOnAGPU:
         with torch.cuda.stream(stream):
             results = wkv6_kernel(*inputs)
         stream.synchronize()
-        assert all(torch.equal(a, b) for a, b in zip(results, wanted, strict=True))
+        assert same_bits(results, wanted)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             results = wkv6_kernel(*inputs)
         graph.replay()
         torch.cuda.synchronize()
-        assert all(torch.equal(a, b) for a, b in zip(results, wanted, strict=True))
+        assert same_bits(results, wanted)
 
     def test_in_place(self):
         for time in (1, 15, 300):
@@ -281,11 +280,10 @@ class TestOnAGPU:
         views = [joint[:, :, i].transpose(0, 1) for i in range(3)]
         results = wkv6_kernel(*views, w[:, :1].expand_as(w), u, state)
         wanted = wkv6_kernel(r, k, v, w[:, :1].repeat(1, 40, 1, 1), u, state)
-        assert all(torch.equal(a, b) for a, b in zip(results, wanted, strict=True))
+        assert same_bits(results, wanted)
 
     def test_the_pytorch_form_can_be_chosen(self):
         inputs = on_gpu(sample(1, 20, 2))
         with use_kernel(False):
             plain = wkv6(*inputs)
-        for a, b in zip(plain, wkv6(*inputs), strict=True):
-            assert error(a.cpu(), b.cpu()) < 1e-5
+        compare(plain, wkv6(*inputs), 1e-5)

@@ -5,20 +5,27 @@ device know: see test_cuda.py.
 """
 
 import ctypes
-import os
-import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from test_kernel import NAMES, in_double
-from test_ops import DECAYS, error, gradients, sample
+from test_ops import (
+    COMPILER,
+    DECAYS,
+    check_low_precision,
+    check_rounding,
+    compare,
+    in_double,
+    mix_decays,
+    same_bits,
+    sample,
+)
 
 from visualrwkv.ops import wkv6_reference
 
-COMPILER = shutil.which(os.environ.get("CXX", "c++").split()[0])
 pytestmark = pytest.mark.skipif(not COMPILER or sys.platform != "linux", reason="needs Linux and a C++ compiler")
 
 TYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # enum Type of csrc/wkv6_problem.h
@@ -71,17 +78,13 @@ def emulate(library, inputs, gy=None, gs=None, multiprocessors=1, descending=Fal
 
 def check(library, inputs, both_orders=False, **options):
     """Against float64; where asked for, both orders of the threads have to give the same bits."""
-    bounds = {"w": 5e-6}  # a difference of sums, times the logarithm of the decay
     gy, gs = torch.randn_like(inputs[0]), torch.randn_like(inputs[5], dtype=torch.float32)
     exact = in_double(wkv6_reference, inputs, gy, gs)
     results = emulate(library, inputs, gy, gs, **options)
-    for name, value, wanted in zip(NAMES, results, exact, strict=True):
-        assert value.isfinite().all(), name
-        assert error(value, wanted) < bounds.get(name, 1e-6), name
+    assert all(x.isfinite().all() for x in results)
+    compare(results, exact, 1e-6, w=5e-6)  # of w: a difference of sums, times the logarithm of the decay
     if both_orders:
-        others = emulate(library, inputs, gy, gs, descending=True, **options)
-        for name, value, other in zip(NAMES, results, others, strict=True):
-            assert torch.equal(value, other), name
+        assert same_bits(emulate(library, inputs, gy, gs, descending=True, **options), results)
 
 
 @pytest.mark.parametrize("size", [32, 64, 128])
@@ -90,10 +93,7 @@ def test_recurrent_kernel(library, size, time):
     inputs = sample(1, time, 2, size)
     exact = in_double(wkv6_reference, inputs, torch.zeros_like(inputs[0]), inputs[5])
     for multiprocessors in (1, 8):  # all columns of a state in one block, and spread over several
-        for value, wanted in zip(
-            emulate(library, inputs, multiprocessors=multiprocessors, backward=False), exact[:2], strict=True
-        ):
-            assert error(value, wanted) < 5e-7
+        compare(emulate(library, inputs, multiprocessors=multiprocessors, backward=False), exact[:2], 5e-7)
 
 
 @pytest.mark.parametrize("size", [32, 64, 128])
@@ -113,11 +113,7 @@ def test_exact_at_every_decay(library, mean, spread):
 
 def test_channels_of_every_decay_side_by_side(library):
     inputs = sample(1, 64, 1, 32)
-    w = inputs[3]
-    w[..., ::4] = 3.0
-    w[..., 1::4] = -12.0
-    w[:, ::3, :, 2::4] = 200.0
-    w[:, 1::3, :, 2::4] = -torch.inf
+    mix_decays(inputs[3])
     check(library, inputs, both_orders=True)
 
 
@@ -138,8 +134,7 @@ def test_without_a_state_and_without_some_gradients(library):
             wkv6_reference, inputs, gy if of_y is not None else 0 * gy, gs if of_state is not None else 0 * gs
         )
         results = emulate(library, inputs, of_y, of_state)
-        for name, value, wanted in zip(NAMES[:-1], results, exact, strict=False):
-            assert error(value, wanted) < (5e-6 if name == "w" else 1e-6), name
+        compare(results[:-1], exact, 1e-6, w=5e-6)
 
 
 @pytest.mark.parametrize("time", [5, 21])
@@ -168,30 +163,12 @@ def test_padding_leaves_the_state_untouched(library, time, dtype):
     ],
 )
 def test_low_precision_is_within_twice_the_naive_recurrence(library, dtype, single, time, multiprocessors):
-    """The naive recurrence reads 16 bits and computes in float32: all of its error comes from rounding the results."""
     inputs = sample(1, time, 1, 32, mean=-3.0, dtype=dtype)
     inputs[:4] = [x.float() if name in single else x for name, x in zip("rkvw", inputs, strict=False)]
     inputs[4:] = [x.float() for x in inputs[4:]]
-    gy, gs = torch.randn_like(inputs[0]), torch.randn_like(inputs[5])
-    exact = in_double(wkv6_reference, inputs, gy, gs)
-    naive = gradients(wkv6_reference, inputs, gy, gs)
-    results = emulate(library, inputs, gy, gs, multiprocessors=multiprocessors)
-    for name, value, rough, wanted in zip(NAMES, results, naive, exact, strict=True):
-        assert value.dtype == rough.dtype, name
-        bound = 1e-5 if name in single else 2e-6
-        assert error(value, wanted) <= max(2 * error(rough, wanted), bound), name
+    run = partial(emulate, library, multiprocessors=multiprocessors)
+    check_low_precision(run, inputs, 2e-6, **dict.fromkeys(single, 1e-5))
 
 
 def test_half_precision_numbers_are_read_and_rounded_as_torch_does(library):
-    for dtype in (torch.float16, torch.bfloat16):
-        v = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)
-        v = torch.where(v.isfinite(), v, 0).view(64, 8, 4, 32)
-        one = torch.zeros_like(v)
-        one[..., 0] = 1
-        u = torch.zeros(4, 32)
-        u[:, 0] = 1
-        complete = torch.full_like(v, torch.inf)
-        y, _ = emulate(library, [one, one, v, complete, u], backward=False)
-        exact = v.float()
-        exact[:, 1:] += v.float()[:, :-1]
-        assert torch.equal(y, exact.to(dtype))
+    check_rounding(lambda *inputs: emulate(library, inputs, backward=False), (64, 8, 4, 32))
