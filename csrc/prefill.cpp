@@ -7,7 +7,6 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <atomic>
 #include <exception>
 #include <mutex>
@@ -150,7 +149,7 @@ std::vector<Tensor> rwkv6_prefill(
   call.hidden = padded ? at::zeros({batch, call.keep, model.hidden}, embeds.options())
                        : at::empty({batch, call.keep, model.hidden}, embeds.options());
   const bool missing = int64_t(call.packing.sequence.size()) < batch;  // of these nothing is read
-  for (const Tensor& old : state) call.after.push_back(missing ? old.clone() : at::empty_like(old));
+  for (const Tensor& before : state) call.after.push_back(missing ? before.clone() : at::empty_like(before));
   if (rows) type == at::kFloat ? read<float>(call, threads) : read<uint16_t>(call, threads);
 
   std::vector<Tensor> result = {call.hidden};

@@ -9,11 +9,11 @@
 
 #include <algorithm>
 #include <array>
-#include <cstring>
+#include <atomic>
+#include <chrono>
 #include <map>
 #include <mutex>
 #include <optional>
-#include <string>
 #include <type_traits>
 #include <vector>
 

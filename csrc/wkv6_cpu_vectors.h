@@ -1,6 +1,6 @@
 // What the CPU kernels are made of: vectors of the width VISUALRWKV_BYTES, the exponential function, and rows of any
-// floating point type. Part of wkv6_cpu_kernel.h, see there; vectors are those of GCC and Clang, which turn them into
-// instructions of whatever set is switched on.
+// floating point type. Compiled once for each instruction set (cpu_kernels.h); vectors are those of GCC and Clang, which
+// turn them into instructions of whatever set is switched on.
 
 #pragma once
 

@@ -1,7 +1,8 @@
 """`visualrwkv.load`: from a name to a model that answers.
 
 A name is the embedded model (none given, or "embedded"), a folder written by `save_pretrained`, an official .pth
-checkpoint, or the same two on the Hub ("owner/repo" and "owner/repo:file.pth"). Only names that exist nowhere on disk reach the network.
+checkpoint, or the same two on the Hub ("owner/repo" and "owner/repo:file.pth"). Only names that exist nowhere on disk
+reach the network.
 """
 
 import contextlib

@@ -14,7 +14,8 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | 
     """The WKV operator of RWKV-6, in the fastest form available; RWKV-5 is the case of a constant expanded w.
 
     That is the compiled kernel where there is one for the device (`visualrwkv.ops.kernel`, built at first use). Else a
-    single token (decoding) takes one step of the recurrence, a longer piece the chunked form.
+    single token without gradients (decoding) takes one step of the recurrence, all else the chunked form, whose backward
+    pass keeps autocast out, too.
 
     Args:
         r, k, v: receptance, key, value (B, T, H, N), any floating dtype, T >= 1.
@@ -32,7 +33,7 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | 
     """
     if usable(r, k, v, w, u, state):
         return run_kernel(r, k, v, w, u, state)
-    if r.dim() == 4 and r.shape[1] == 1:
+    if r.dim() == 4 and r.shape[1] == 1 and not torch.is_grad_enabled():
         with torch.autocast(r.device.type, enabled=False):
             return wkv6_step(r, k, v, w, u, state)
     return wkv6_chunked(r, k, v, w, u, state)
