@@ -163,13 +163,12 @@ class Service:
             pool, read_pictures, asked, self._processor, self._limits, self.engine.recent
         )
         events: asyncio.Queue = asyncio.Queue()
-        reply = ServedReply(
-            self._processor.tokenizer,
-            asked.sampling,
-            ids,
-            pictures,
-            lambda *event: self._told.append((events, event)),
-        )
+
+        def tell(text, finish):
+            if asked.stream or finish:  # nobody waits for the pieces of an answer that is sent as a whole
+                self._told.append((events, (text, finish)))
+
+        reply = ServedReply(self._processor.tokenizer, asked.sampling, ids, pictures, tell)
         completion = _Completion(self._settings.model, len(ids), asked)
         if asked.stream:
             ticket.streaming = True
@@ -257,12 +256,9 @@ class Service:
             reply.cancelled.set()
 
     async def _whole(self, reply, events):
-        texts, finish = [], None
         async with contextlib.aclosing(self._pieces(reply, events)) as pieces:
-            async for text, ended in pieces:
-                texts.append(text)
-                finish = ended or finish
-        return "".join(texts), finish
+            finish = [ended async for _, ended in pieces][-1]
+        return reply.text, finish
 
     async def _stream(self, reply, events, completion, ticket):
         try:
