@@ -14,8 +14,8 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | 
     """The WKV operator of RWKV-6, in the fastest form available; RWKV-5 is the case of a constant expanded w.
 
     That is the compiled kernel where there is one for the device (`visualrwkv.ops.kernel`, built at first use). Else a
-    single token without gradients (decoding) takes one step of the recurrence, all else the chunked form, whose backward
-    pass keeps autocast out, too.
+    single token without gradients (decoding) takes one step of the recurrence, all else the chunked form, whose
+    backward pass keeps autocast out, too.
 
     Args:
         r, k, v: receptance, key, value (B, T, H, N), any floating dtype, T >= 1.
