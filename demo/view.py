@@ -1,6 +1,7 @@
 """What the page is shown: the messages of a conversation with their pictures, and words that pop up."""
 
 import html
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def explained(language, key, path=None):
         yield
     except (InputError, OSError) as error:
         reason = getattr(error, "strerror", None) or one_line(error, 1000)
-        reason = reason if path is None else reason.replace(str(path), Path(path).name)
+        for shown in () if path is None else (os.path.realpath(path), str(path)):
+            reason = reason.replace(shown, Path(path).name)
         raise InputError(text(language, key, reason=reason)) from None
 
 
