@@ -74,18 +74,14 @@ class VisualRWKVForLmmsEval(lmms):
         """Replies to requests (context, options, doc_to_visual, doc_id, task, split) with equal options."""
         options = batch[0][1]
         questions = [context.replace(MARKER, "") for context, *_ in batch]
-        pictures = [
-            list(to_visual(self.task_dict[task][split][id]) or ()) if question.strip() else []
-            for question, (_, _, to_visual, id, task, split) in zip(questions, batch, strict=True)
-        ]
         asked = [place for place, question in enumerate(questions) if question.strip()]
-        replies = [""] * len(batch)  # to nothing
-        texts = self.vlm.ask(
-            [pictures[place] for place in asked], [questions[place] for place in asked], **self._sampling(options)
-        )
-        for place, text in zip(asked, texts, strict=True):
-            replies[place] = text
-        return replies
+        pictures = []
+        for place in asked:
+            _, _, to_visual, id, task, split = batch[place]
+            pictures.append(list(to_visual(self.task_dict[task][split][id]) or ()))
+        texts = self.vlm.ask(pictures, [questions[place] for place in asked], **self._sampling(options))
+        replies = dict(zip(asked, texts, strict=True))
+        return [replies.get(place, "") for place in range(len(batch))]  # to nothing, nothing
 
     def _sampling(self, options):
         if options.get("num_beams") not in _SINGLE_BEAM:
