@@ -71,6 +71,8 @@ def fetch(url: str, most: int, seconds: float) -> bytes:
         if parts.scheme == "https":
             secure = ssl.create_default_context().wrap_socket(raw, server_hostname=host, do_handshake_on_connect=False)
             raw = connection.sock = secure  # before the handshake, which must not last longer either
+            if late.is_set():  # the clock has shut the socket that was
+                raise TimeoutError
             secure.do_handshake()
         connection.request("GET", target, headers={"Accept": "image/*", "User-Agent": "visualrwkv"})
         answer = connection.getresponse()
