@@ -62,6 +62,33 @@ def test_who_has_left_does_not_wait_on_while_no_slot_is_free(vlm, monkeypatch):
     line.close()
 
 
+def test_in_a_crowd_short_prompts_are_gathered_and_none_waits_for_long(vlm, monkeypatch):
+    monkeypatch.setattr(engine.Engine, "_work", lambda self: None)  # the test asks for what is read next
+    line = engine.Engine(vlm, slots=64)
+
+    def ask(text):
+        ids, _ = vlm.processor.encode_turns([Turn("user", text)], open_reply=True)
+        reply = engine.ServedReply(vlm.processor.tokenizer, Sampling(), ids, [], lambda *event: None)
+        line.submit(reply)
+        return reply
+
+    line._decoder.replies = ["one under way"] * (engine.CROWD - 1)
+    alone = ask("Few others: at once")
+    assert line._next_to_read() == [alone]
+    line._decoder.replies = ["one under way"] * (2 * engine.CROWD)
+    for _ in range(2):
+        first = ask("This one lets two tokens pass")
+        assert line._next_to_read() == [] and line.load[1] == 1
+        second = ask("This one lets one pass")
+        assert line._next_to_read() == []
+        assert line._next_to_read() == [first, second] and line.load[1] == 0
+    long = ask("word " * engine.WORTH_READING)
+    assert line._next_to_read() == [long]
+    many = [ask("Together they are long enough? " * 8) for _ in range(engine.WORTH_READING // 32)]
+    assert line._next_to_read() == many
+    line.close()
+
+
 def test_pictures_seen_lately_are_not_encoded_again(vlm, pictures, picture_file, monkeypatch):
     encoded, told = [], []
     encode = vlm.model.get_image_features

@@ -57,10 +57,13 @@ class Reply:
         """The string that ended the reply: an empty line or a stop string."""
         return self._decoder.end
 
-    def choose(self, scores: Tensor, likeliest: Tensor) -> Tensor:
-        """The next token for scores (V,), of which `likeliest` has the highest; both tokens of no dimension."""
-        if self._sampling.plain:
-            return likeliest
+    @property
+    def plain(self) -> bool:
+        """Whether each token is the likeliest one, so that nothing is asked of `choose`."""
+        return self._sampling.plain
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """The next token for scores (V,), a tensor of no dimension."""
         if self._choice is None:
             self._choice = TokenChoice(self._sampling, scores.device)
         return self._choice(scores)
@@ -173,9 +176,10 @@ class Decoder:
         alone."""
         scores[:, self._model.config.image_token_id] = -torch.inf  # a place for a picture is no answer
         highest, likeliest = scores.max(-1)  # not a number if any score of the row is none
-        rows = zip(replies, scores.unbind(), likeliest.unbind(), strict=True)
-        chosen = torch.stack([reply.choose(*row) for reply, *row in rows])
-        tokens, broken = torch.stack([chosen, highest.isnan()]).tolist()  # the one wait for a GPU in a token
+        for row, reply in enumerate(replies):
+            if not reply.plain:
+                likeliest[row] = reply.choose(scores[row])
+        tokens, broken = torch.stack([likeliest, highest.isnan()]).tolist()  # the one wait for a GPU in a token
         return [
             reply.close(InputError(NO_NUMBERS)) if is_broken else reply.take(token)
             for reply, token, is_broken in zip(replies, tokens, broken, strict=True)

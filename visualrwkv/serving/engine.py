@@ -1,7 +1,8 @@
 """Continuous batching: one thread owns the model and its `Decoder`, which moves all replies under way by one token at a
 time.
 
-1. Waiting requests are read together; how many is bounded, so that the others do not wait long.
+1. Waiting requests are read together; how many is bounded, so that the others do not wait long. In a crowd a few short
+   ones wait some tokens for more to come, since reading one by one takes longer.
 2. Their replies join those under way.
 3. All advance by one token; those that are complete, or that nobody waits for any more, leave.
 """
@@ -9,6 +10,7 @@ time.
 import threading
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from visualrwkv.sampling import Sampling
 from visualrwkv.serving.pictures import Picture, RecentPictures
 
 PREFILL_POSITIONS = 4096  # padded positions that are read between two tokens of the others, if one prompt is not longer
+WORTH_READING = 512  # padded positions; fewer take longer each, and all the others wait meanwhile
+CROWD = 8  # for every so many others those who are not worth reading yet let one token pass
 PICTURES_AT_ONCE = 16  # through the vision tower
 
 
@@ -70,6 +74,7 @@ class Engine:
         self._changed = threading.Condition()
         self._waiting: deque[ServedReply] = deque()
         self._decoder = Decoder(self._model)
+        self._passed = 0  # tokens that those who could be read have let pass
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
@@ -117,16 +122,22 @@ class Engine:
         self._fail([*self._decoder.replies, *self._waiting], ShuttingDown("the server is shutting down"))
 
     def _next_to_read(self) -> list[ServedReply]:
-        """Take requests off the queue, as many as there are slots and as may be read at once."""
+        """Take requests off the queue, as many as there are slots and as may be read at once; or none yet."""
+        under_way = len(self._decoder.replies)
         chosen: list[ServedReply] = []
         with self._changed:
             # also while no slot is free: clients that come and go must not fill the queue beyond its bound
             self._waiting = deque(reply for reply in self._waiting if not reply.cancelled.is_set())
-            while self._waiting and len(self._decoder.replies) + len(chosen) < self.slots:
-                longest = max(len(reply.ids) for reply in (*chosen, self._waiting[0]))
-                if chosen and longest * (len(chosen) + 1) > PREFILL_POSITIONS:
+            for reply in islice(self._waiting, self.slots - under_way):
+                if chosen and _positions([*chosen, reply]) > PREFILL_POSITIONS:
                     break
-                chosen.append(self._waiting.popleft())
+                chosen.append(reply)
+            if chosen and _positions(chosen) < WORTH_READING and self._passed < under_way // CROWD:
+                self._passed += 1
+                return []
+            self._passed = 0
+            for _ in chosen:
+                self._waiting.popleft()
         return chosen
 
     def _read(self, replies: list[ServedReply]) -> None:
@@ -176,3 +187,8 @@ class Engine:
         for reply in replies:
             reply.tell("", error)
         self._told()
+
+
+def _positions(replies: list[ServedReply]) -> int:
+    """Padded positions of their prompts together."""
+    return len(replies) * max(len(reply.ids) for reply in replies)
