@@ -20,7 +20,7 @@ from visualrwkv.sampling import Sampling
 from visualrwkv.serving.pictures import Picture, RecentPictures
 
 PREFILL_POSITIONS = 4096  # padded positions that are read between two tokens of the others, if one prompt is not longer
-WORTH_READING = 512  # padded positions; fewer take longer each, and all the others wait meanwhile
+WORTH_READING = 256  # padded positions; fewer take longer each, and all the others wait meanwhile
 CROWD = 8  # for every so many others those who are not worth reading yet let one token pass
 PICTURES_AT_ONCE = 16  # through the vision tower
 
