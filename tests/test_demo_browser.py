@@ -259,6 +259,19 @@ def test_a_look_at_the_settings_changes_nothing(open_page):
     assert not any(button.is_visible() for button in page.locator("#chat .top-panel button").all())
 
 
+def test_what_is_chosen_shows_as_chosen_under_the_pointer(open_page):
+    page = open_page()
+    page.locator("#reading button").first.click()
+    chosen, other = (page.locator(f"#reading input[value={name}]") for name in ("sandwich", "first"))
+    colour = "one => getComputedStyle(one).backgroundColor"
+    page.mouse.move(5, 5)
+    away = chosen.evaluate(colour)
+    assert away != other.evaluate(colour)
+    chosen.hover()
+    page.wait_for_timeout(500)  # a change of colour would take a moment
+    assert chosen.evaluate(colour) == away
+
+
 def test_a_draft_survives_another_answer(open_page, drawn):
     page = open_page()
     page.locator("#examples button").first.click()
