@@ -19,6 +19,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from bench.measure import products_of_prompts
 from bench.report import RESULTS, save, show
 from visualrwkv.prompt import SHORT_ANSWER, Turn
 
@@ -60,11 +61,8 @@ def read_pictures(data: Path) -> tuple[float, int]:
 
 
 def multiply(data: Path, dtype: str) -> float:
-    """Seconds of the language model's matrix products for all prompts, of all layers but the last, which does less."""
-    import torch
-
+    """Seconds of the language model's bare matrix products for all prompts."""
     from visualrwkv import load
-    from visualrwkv.ops.linear import linear
 
     vlm = load(device="cpu", dtype=dtype)
     asked = json.loads((data / "v2_OpenEnded_mscoco_val2014_questions.json").read_text())["questions"]
@@ -73,16 +71,7 @@ def multiply(data: Path, dtype: str) -> float:
         turn = Turn("user", f"{question['question']}\n{SHORT_ANSWER}", 1)
         lengths.append(len(vlm.processor.encode_turns([turn], open_reply=True)[0]))
     rows = BATCH * round(statistics.mean(lengths))
-    weights = [weight for weight in vlm.model.rwkv.blocks[:-1].parameters() if weight.dim() == 2]
-    inputs = {size: torch.randn(rows, size).to(weights[0].dtype) for size in {weight.shape[1] for weight in weights}}
-    seconds = []
-    with torch.inference_mode():
-        for _ in range(5):
-            start = time.perf_counter()
-            for weight in weights:
-                linear(inputs[weight.shape[1]], weight)
-            seconds.append(time.perf_counter() - start)
-    return min(seconds) * len(asked) / BATCH
+    return products_of_prompts(vlm.model, rows) * len(asked) / BATCH
 
 
 def run(folder: Path, pictures: int, rounds: int) -> dict:

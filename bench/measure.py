@@ -56,6 +56,20 @@ def gemm_probe(rows: int, hidden: int, inner: int, dtype):
     return lambda: linear(a, b)
 
 
+def products_of_prompts(model, rows: int) -> float:
+    """Seconds of the language model's bare matrix products for so many positions at once, of all layers but the last,
+    which does less. No batch saves them."""
+    weights = [weight for weight in model.rwkv.blocks[:-1].parameters() if weight.dim() == 2]
+    inputs = {size: torch.randn(rows, size).to(weights[0].dtype) for size in {weight.shape[1] for weight in weights}}
+
+    def multiply():
+        for weight in weights:
+            linear(inputs[weight.shape[1]], weight)
+
+    with torch.inference_mode():
+        return in_turns({"products": multiply}, rounds=4)["products"]["min"] / 1e3
+
+
 def by_modules(function):
     """The function, computed by the PyTorch modules alone."""
     return use_kernel(False)(function)

@@ -6,7 +6,8 @@
 The server is a process of its own with the embedded model. Every client asks about drawn scenes, one request after the
 other; every answer is compared with the one that `ask` gave alone. What counts as one request after another is the same
 server with a single client, measured just before. What a batch gains depends on how much there is to write: so one load
-asks questions of all kinds, most of which are answered by a word, and one asks for descriptions. The exit code is 1 if
+asks questions of all kinds, most of which are answered by a word, and one asks for descriptions. No batch saves the
+matrix products of the prompts, which are timed by themselves: they limit what it can gain. The exit code is 1 if
 anything was lost, wrong or, in either, too slow.
 """
 
@@ -24,6 +25,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from bench.measure import products_of_prompts
 from bench.report import RESULTS, save, show
 
 CLIENTS = 32
@@ -55,6 +57,15 @@ def make_cases(count: int, vlm, kind: str | None = None):
         options["max_new_tokens"] = options.pop("max_tokens")
         cases.append((body, vlm.ask(picture, question, **options)))
     return cases
+
+
+def products(vlm, cases) -> float:
+    """Seconds of the bare matrix products of a prompt, of all prompts read at once."""
+    from visualrwkv.prompt import Turn
+
+    texts = [body["messages"][0]["content"][1]["text"] for body, _ in cases]
+    prompts = [vlm.processor.encode_turns([Turn("user", text, images=1)], open_reply=True)[0] for text in texts]
+    return products_of_prompts(vlm.model, sum(map(len, prompts))) / len(prompts)
 
 
 class Tally:
@@ -179,6 +190,7 @@ def run(seconds: float, questions: int, dtype: str) -> dict:
 
     vlm = visualrwkv.load(dtype=dtype)
     cases = {name: make_cases(questions, vlm, kind) for name, kind in LOADS.items()}
+    bare = {name: products(vlm, some) for name, some in cases.items()}
     command = [sys.executable, "-m", "visualrwkv.cli", "serve", "--port", "0", "--dtype", dtype]
     command += ["--slots", str(SLOTS), "--queue", str(QUEUE)]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -186,7 +198,7 @@ def run(seconds: float, questions: int, dtype: str) -> dict:
         port = int(re.search(r"http://127\.0\.0\.1:(\d+)", server.stderr.readline())[1])
         address = ("127.0.0.1", port)
         health(address)  # connections wait until the model is loaded
-        loads = {name: compare(address, some, seconds) for name, some in cases.items()}
+        loads = {name: compare(address, some, seconds, bare[name]) for name, some in cases.items()}
         statuses = burst(address, cases["questions of all kinds"])
         after, _ = load(address, cases["questions of all kinds"], 1, 1, 0)
     finally:
@@ -204,8 +216,8 @@ def run(seconds: float, questions: int, dtype: str) -> dict:
     }
 
 
-def compare(address, cases, seconds: float) -> dict:
-    """A crowd of clients against a single one, which comes first."""
+def compare(address, cases, seconds: float, bare: float) -> dict:
+    """A crowd of clients against a single one, which comes first; `bare`: see `products`."""
     load(address, cases, 1, min(3, seconds), 0)  # warm
     alone, alone_s = load(address, cases, 1, max(5, seconds / 6), 0)
     crowd, crowd_s = load(address, cases, CLIENTS, seconds, KILLED)
@@ -222,6 +234,8 @@ def compare(address, cases, seconds: float) -> dict:
         "answers a second, one after another": round(one, 2),
         "tokens a second, one after another": round(alone.tokens / alone_s, 1),
         "times one after another": round(many / one, 2),
+        "bare matrix products of a prompt ms": round(1e3 * bare, 1),
+        "times, if only these took time": round(1 / (bare * one), 2),
         "median wait s": round(waits[len(waits) // 2], 3),
         "longest wait s": round(waits[-1], 3),
         "all slots free afterwards": freed,
