@@ -76,7 +76,7 @@ def test_a_reply_that_cannot_be_read_leaves_the_others_alone(vlm, pictures):
     inputs = prompts(vlm, pictures[1:], QUESTIONS[1:2])
     with pytest.raises(InputError, match="places for 1 images"):
         decoder.read([reply(vlm)], {name: value for name, value in inputs.items() if name != "pixel_values"})
-    failing = reply(vlm)
+    failing = reply(vlm, temperature=1.0)
     failing.choose = lambda *_: 1 / 0
     with pytest.raises(ZeroDivisionError):
         decoder.read([failing], prompts(vlm, pictures, QUESTIONS[:1]))

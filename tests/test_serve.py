@@ -389,16 +389,20 @@ def test_answers_do_not_wait_for_the_confirmation_of_their_headers():
 
 def test_a_failing_reply_is_reported_and_the_next_one_works(server, client, vlm, monkeypatch, capsys):
     no_numbers = torch.nn.Parameter(torch.full_like(vlm.model.rwkv.head.weight, torch.nan))
-    for damage, error in (
-        (lambda patch: patch.setattr(engine.ServedReply, "choose", lambda *_: 1 / 0), "ZeroDivisionError"),
-        (lambda patch: patch.setitem(vlm.model.rwkv.head._parameters, "weight", no_numbers), "NaN"),
+    for damage, options, error in (
+        (
+            lambda patch: patch.setattr(engine.ServedReply, "choose", lambda *_: 1 / 0),
+            {"temperature": 1},
+            "ZeroDivisionError",
+        ),
+        (lambda patch: patch.setitem(vlm.model.rwkv.head._parameters, "weight", no_numbers), {}, "NaN"),
     ):
         with monkeypatch.context() as patch:
             damage(patch)
             with pytest.raises(openai.InternalServerError, match="its log"):
-                complete(client, USER)
+                complete(client, USER, **options)
             with pytest.raises(openai.APIError, match="its log"):
-                list(complete(client, USER, stream=True))
+                list(complete(client, USER, stream=True, **options))
         assert error in capsys.readouterr().err
         assert text_of(complete(client, USER)) is not None
     wait_until(lambda: idle(server[0]))
