@@ -58,6 +58,7 @@ def open_page(chromium, server):
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(server.url)
         page.locator("#examples img").first.wait_for()
+        page.wait_for_function("window.visualrwkv")  # page.js, which Gradio starts when all is drawn, listens
         return page
 
     yield open_page
