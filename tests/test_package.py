@@ -25,10 +25,10 @@ ROOT = PACKAGE.parent
 LAYERS = [
     ["errors"],
     ["addresses", "paths", "prompt", "scan", "state", "ops"],
+    ["configuration"],
     [
         "projector",
         "cuda_graphs",
-        "configuration",
         "tokenization",
         "image_processing",
         "info",
@@ -40,7 +40,7 @@ LAYERS = [
     ["modeling", "session"],
     ["checkpoints", "chat", "registration"],
     ["loading", "terminal", "serving"],
-    ["scenes.accuracy", "data", "engine"],
+    ["scenes.accuracy", "data", "trainer"],
     ["scenes.card"],
     ["building"],
     ["contrastive"],

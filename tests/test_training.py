@@ -14,7 +14,7 @@ from visualrwkv.errors import InputError
 
 pytest.importorskip("accelerate")
 
-from visualrwkv import engine, training
+from visualrwkv import trainer, training
 from visualrwkv.building import build_model
 from visualrwkv.data import Collator, ScenesDataset
 from visualrwkv.recipe import ScenesData, load_recipe
@@ -72,7 +72,7 @@ def test_frozen_layers_and_parts_stay(recipe, tmp_path, random_folder):
 
 
 def test_weight_decay_is_for_matrices(vlm):
-    groups = engine.parameter_groups(
+    groups = trainer.parameter_groups(
         vlm.model.named_parameters(), lambda name: name.split(".")[0], {"rwkv": 1e-3, "vit": 2e-3}, 0.1
     )
     try:
@@ -91,7 +91,7 @@ def test_weight_decay_is_for_matrices(vlm):
 
 
 def test_rates_warm_up_and_follow_a_cosine():
-    share = engine.rate_schedule(4, 104, 0.1)
+    share = trainer.rate_schedule(4, 104, 0.1)
     assert [share(step) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert share(54) == pytest.approx(0.55) and share(104) == pytest.approx(0.1) and share(500) == pytest.approx(0.1)
 

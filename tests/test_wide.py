@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from visualrwkv import engine, vision
+from visualrwkv import trainer, vision
 from visualrwkv.ops import linear as maps
 from visualrwkv.ops import wide
 from visualrwkv.ops.linear import Linear
@@ -33,7 +33,7 @@ class Seen(TorchDispatchMode):
 
 @pytest.fixture
 def slow(monkeypatch):
-    for module in (maps, vision, engine):
+    for module in (maps, vision, trainer):
         monkeypatch.setattr(module, "slow_in_bfloat16", lambda: True)
     monkeypatch.setattr(maps, "_MANY", 0)
 
@@ -117,7 +117,7 @@ def test_the_tower_computes_in_float32(slow, vlm):
 def test_training_computes_in_what_is_fast(recipe, monkeypatch, capsys, units):
     from visualrwkv import rwkv, training
 
-    monkeypatch.setattr(engine, "slow_in_bfloat16", lambda: not units)
+    monkeypatch.setattr(trainer, "slow_in_bfloat16", lambda: not units)
     enabled, forward = [], rwkv.RWKV.forward
 
     def noting(*given, **named):

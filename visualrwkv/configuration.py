@@ -12,7 +12,7 @@ from visualrwkv.prompt import POSITIONS
 from visualrwkv.scan import SCANS
 
 PROJECTORS = ("linear", "mlp")
-IMAGE_TOKEN_ID = 65535  # free in the 65,529-entry World vocabulary, whose tables have 65,536 rows
+IMAGE_TOKEN_ID = 65535  # beside the World vocabulary: its ids end at 65529, its embeddings have 65,536 rows
 
 
 @strict

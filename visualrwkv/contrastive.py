@@ -169,7 +169,7 @@ def run_contrastive(recipe):
     from transformers import set_seed
 
     from visualrwkv.building import image_processor_for, tokenizer_for
-    from visualrwkv.engine import parameter_groups, train
+    from visualrwkv.trainer import parameter_groups, train
 
     set_seed(recipe.seed)
     new = recipe.model.new

@@ -16,13 +16,12 @@ from torch.utils.data import Dataset
 
 from visualrwkv.errors import InputError, short
 from visualrwkv.image_processing import load_image
-from visualrwkv.prompt import MARKER, Turn, llava_role, turns_from_llava
+from visualrwkv.prompt import IGNORE, MARKER, Turn, llava_role, turns_from_llava
 from visualrwkv.recipe import Stretch
 from visualrwkv.scenes.drawing import draw
 from visualrwkv.scenes.questions import KIND_WEIGHTS, OPTIONS, SHORT_KINDS, conversation
 from visualrwkv.scenes.world import sample_scene, scene_rng
 
-IGNORE = -100
 _PAD_MULTIPLE = 16  # the chunk length of the recurrence; other lengths would be padded inside every layer again
 _SCENE_TRIES = 1000
 _WINDOW = 8  # batches of drawn scenes that are sorted by length together

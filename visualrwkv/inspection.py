@@ -8,8 +8,9 @@ import statistics
 import sys
 from pathlib import Path
 
-from visualrwkv.data import IGNORE, JsonDataset, sample_name
+from visualrwkv.data import JsonDataset, sample_name
 from visualrwkv.errors import InputError
+from visualrwkv.prompt import IGNORE
 
 NAMED = 20  # unusable samples that the table names
 

@@ -20,6 +20,7 @@ from visualrwkv.configuration import VisualRWKVConfig
 from visualrwkv.errors import InputError
 from visualrwkv.ops.int8 import Int8Linear
 from visualrwkv.projector import build_projector
+from visualrwkv.prompt import IGNORE
 from visualrwkv.rwkv import RWKV
 from visualrwkv.scan import image_starts, layer_orders, pieces
 from visualrwkv.state import RWKVState
@@ -301,9 +302,9 @@ def per_sample_loss(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         (B,) float32; 0 for a sample without labels.
     """
-    targets = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    targets = F.pad(labels, (0, 1), value=IGNORE)[:, 1:]
     # Only labelled rows are scored: most positions of a visual sample are prompt.
-    counted = targets != -100
+    counted = targets != IGNORE
     losses = F.cross_entropy(logits[counted].float(), targets[counted], reduction="none")
     sums = torch.zeros(labels.shape[0], dtype=losses.dtype, device=losses.device)
     rows = counted.nonzero()[:, 0]

@@ -13,6 +13,7 @@ from transformers.processing_utils import BatchFeature, ProcessorMixin
 from visualrwkv.errors import InputError
 from visualrwkv.image_processing import VisualRWKVImageProcessor, flatten_images
 from visualrwkv.prompt import (
+    IGNORE,
     IMAGE,
     MARKER,
     SPEAKERS,
@@ -27,7 +28,6 @@ from visualrwkv.prompt import (
 )
 from visualrwkv.tokenization import RWKVWorldTokenizer
 
-IGNORE = -100  # label of positions that are not learned
 _TARGET_LABEL = len(SPEAKERS["assistant"].encode())
 
 

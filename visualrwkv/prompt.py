@@ -14,6 +14,7 @@ from visualrwkv.errors import InputError, short
 
 POSITIONS = ("sandwich", "first", "last")
 MARKER = "<image>"  # how data files and prompt strings write a picture
+IGNORE = -100  # label of a position that is not learned; what torch's cross entropy leaves out by default
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 TURN_END = "\n\n"
 SPEAKERS = {"user": "User:", "assistant": "Assistant:"}

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from transformers.tokenization_python import AddedToken, PythonBackend
 
+from visualrwkv.configuration import IMAGE_TOKEN_ID
 from visualrwkv.errors import InputError
 
 VOCAB_FILE = "rwkv_vocab.txt"
 WORLD_VOCAB_FILE = "rwkv_vocab_v20230424.txt"
-WORLD_IMAGE_TOKEN_ID = 65535  # the World table ends at 65529, the embedding at 65535
 END_TOKEN, END_TOKEN_ID = "<|endoftext|>", 0
 IMAGE_TOKEN = "<image>"
 
@@ -212,7 +212,7 @@ class RWKVWorldTokenizer(PythonBackend):
         self.vocabulary = read_vocabulary(vocab_file or world_vocabulary_file())
         if image_token_id is None:
             is_small = self.vocabulary.max_id + 1 < 65530
-            image_token_id = self.vocabulary.max_id + 1 if is_small else WORLD_IMAGE_TOKEN_ID
+            image_token_id = self.vocabulary.max_id + 1 if is_small else IMAGE_TOKEN_ID
         if image_token_id <= 0 or image_token_id in self.vocabulary.tokens:
             raise InputError(f"image_token_id {image_token_id} is taken; choose one above {self.vocabulary.max_id}")
         special = {END_TOKEN_ID: END_TOKEN, image_token_id: IMAGE_TOKEN}

@@ -46,7 +46,7 @@ def run_language(recipe):
     """A projector or instruction stage; writes model, processor, recipe.yaml and versions.json to the output folder."""
     from transformers import set_seed
 
-    from visualrwkv.engine import parameter_groups, train
+    from visualrwkv.trainer import parameter_groups, train
 
     set_seed(recipe.seed)
     model, processor = build_model(recipe)
