@@ -36,10 +36,27 @@ def test_a_conversation_of_another_model_is_refused(vlm, random_folder, pictures
         other.model.rwkv.blocks[1].att.key.weight.add_(0.5)
     with pytest.raises(InputError, match="another model"):
         other.chat.load(tmp_path / "talk.safetensors")
+    with pytest.raises(InputError, match="is a folder"):
+        vlm.chat.load(tmp_path)
     for name in ("nothing.safetensors", "words.txt"):
         (tmp_path / "words.txt").write_text("words")
         with pytest.raises(InputError, match=name):
             vlm.chat.load(tmp_path / name)
+
+
+def test_a_saved_conversation_goes_on_with_its_prompt(vlm, random_folder, pictures, tmp_path):
+    other = visualrwkv.load(random_folder, prompt="first")
+    chat = other.chat()
+    assert chat.prompt == "first" and vlm.chat().prompt == "sandwich"
+    chat.say(QUESTIONS[0], pictures[0], **SHORT)
+    chat.save(tmp_path / "talk.safetensors")
+    loaded = vlm.chat.load(tmp_path / "talk.safetensors")
+    assert loaded.prompt == loaded.fork().prompt == "first"
+    for _ in range(2):
+        assert loaded.say("Where?", pictures[1], **SHORT) == chat.say("Where?", pictures[1], **SHORT)
+        assert same(loaded, chat) and loaded.prompt == "first"
+    loaded.reset()
+    assert loaded.prompt == "sandwich"
 
 
 def test_a_saved_conversation_goes_on_with_its_pictures_and_seeds(vlm, pictures, tmp_path):
@@ -85,6 +102,7 @@ TURNS = [{"role": "user", "text": "a", "images": 1}, {"role": "assistant", "text
     [
         {"format": "visualrwkv-chat-0"},
         {"model": None},
+        {"prompt": "above"},
         {"transcript": "{"},
         {"transcript": "[" * 100_000},
         {"transcript": "7"},
@@ -118,7 +136,7 @@ def test_the_image_token_cannot_be_smuggled_in(vlm, saved):
 def test_a_conversation_with_wrong_tensors_is_refused(vlm, saved):
     path, write = saved
     wkv = "layers.1.wkv"
-    shape = load_file(path)[wkv].shape
+    shape, features = load_file(path)[wkv].shape, load_file(path)["image_features"]
     for change in (
         {wkv: torch.zeros(2, 2)},
         {wkv: torch.zeros(shape, dtype=torch.int32)},
@@ -126,9 +144,10 @@ def test_a_conversation_with_wrong_tensors_is_refused(vlm, saved):
         {wkv: torch.full(shape, torch.nan)},
         {"layers.77.wkv": torch.zeros(shape)},
         {"surprise": torch.zeros(1)},
-        {"image_features": torch.zeros(0, 16, 128)},
-        {"image_features": torch.zeros(16, 128)},
-        {"image_features": torch.zeros(1, 16, 4)},
+        {"\x1b[2Jsurprise": torch.zeros(1)},
+        {"image_features": features[:0].clone()},
+        {"image_features": features[0].clone()},
+        {"image_features": features[..., :4].contiguous()},
     ):
         write(change_tensors=change)
         refused(vlm, path)
@@ -146,7 +165,7 @@ def test_a_conversation_with_wrong_tensors_is_refused(vlm, saved):
 def refused(vlm, path):
     with pytest.raises(InputError, match="talk.safetensors") as caught:
         vlm.chat.load(path)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 400
 
 
 def test_a_loaded_conversation_is_its_own(vlm, saved):

@@ -93,13 +93,14 @@ def test_fork_and_reset(vlm, pictures):
     assert fork.say(QUESTIONS[0], pictures[0], **SHORT) == chat.transcript[1]["text"]
 
 
-def test_a_deep_copy_is_a_fork(vlm, pictures):
+def test_a_copy_is_a_fork(vlm, pictures):
     """Frameworks such as Gradio copy what they keep for each visitor."""
     chat = vlm.chat()
     chat.say("What?", pictures[0], **SHORT)
-    other = copy.deepcopy({"chat": chat})["chat"]
-    assert other is not chat and other.say("Why?", **SHORT) == chat.fork().say("Why?", **SHORT)
-    assert len(chat.transcript) == 2
+    for other in (copy.deepcopy({"chat": chat})["chat"], copy.copy(chat)):
+        assert other is not chat and other.say("Why?", **SHORT) == chat.fork().say("Why?", **SHORT)
+        assert len(chat.transcript) == 2
+        assert chat.fork().undo()["text"] == "What?"
 
 
 def test_a_refused_turn_leaves_the_conversation_as_it_was(vlm, pictures):
@@ -243,12 +244,20 @@ def stop_for(vlm, text):
     return text[middle : middle + 2]
 
 
-def test_a_stop_string_is_not_remembered(vlm, pictures):
+def test_a_stop_string_is_not_remembered(vlm, pictures, monkeypatch):
     """The next turn goes on as if the model had stopped by itself there."""
     free = vlm.chat().say(QUESTIONS[0], pictures[0], max_new_tokens=24)
     stop = stop_for(vlm, free)
-    chat, streamed = vlm.chat(), vlm.chat()
-    reply = chat.say(QUESTIONS[0], pictures[0], max_new_tokens=24, stop=stop)
+    chat, streamed, lengths, forward = vlm.chat(), vlm.chat(), [], vlm.model.forward
+
+    def counted(input_ids=None, **inputs):
+        lengths.append(1 if input_ids is None else input_ids.shape[1])
+        return forward(input_ids=input_ids, **inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vlm.model, "forward", counted)
+        reply = chat.say(QUESTIONS[0], pictures[0], max_new_tokens=24, stop=stop)
+    assert sum(length > 1 for length in lengths) == 1, "the prompt is read once"
     assert reply == free[: free.index(stop)].strip() and chat.stats.finish == "stop"
     assert "".join(streamed.stream(QUESTIONS[0], pictures[0], max_new_tokens=24, stop=stop)) == reply
     assert same(chat, streamed)

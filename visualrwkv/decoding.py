@@ -163,6 +163,10 @@ class Decoder:
             InputError: the model's scores are no numbers.
         """
         (text,) = self.read([reply], inputs, state)
+        yield from self.rest(reply, text)
+
+    def rest(self, reply: Reply, text: str) -> Iterator[str]:
+        """What `stream` gives, of the one reply that was just read and of whose text `text` is certain."""
         while True:
             reply.check()
             if text:

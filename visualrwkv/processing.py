@@ -76,12 +76,18 @@ class VisualRWKVProcessor(ProcessorMixin):
         return ids
 
     def encode_turns(
-        self, turns: Sequence[Turn], open_reply: bool = False, start: int = 0, foresight: bool = True
+        self,
+        turns: Sequence[Turn],
+        open_reply: bool = False,
+        start: int = 0,
+        foresight: bool = True,
+        position: str | None = None,
     ) -> tuple[list[int], list[int]]:
         """Ids and labels of a conversation.
 
         Args:
             turns: the conversation; see `prompt.build_prompt` for `open_reply`, `start` and `foresight`.
+            position: where pictures stand; by default as `prompt` says.
 
         Returns:
             input ids, with `num_image_tokens` placeholders for each picture, and labels of the same length: the id
@@ -89,7 +95,7 @@ class VisualRWKVProcessor(ProcessorMixin):
         """
         ids: list[int] = []
         labels: list[int] = []
-        for segment in build_prompt(turns, self.prompt, open_reply, start, foresight):
+        for segment in build_prompt(turns, position or self.prompt, open_reply, start, foresight):
             new = self.encode_pieces(segment.pieces)
             ids += new
             labels += self._labels(segment, new)

@@ -1,8 +1,9 @@
 """A conversation at one point, and the one file it is saved in.
 
 The file is safetensors: the tensors of the state (`RWKVState.tensors`), `image_features` where pictures were shown, and
-in the metadata the format, the fingerprint of the model, and the turns, unread ids and position count as JSON. Whoever
-loads one has perhaps been sent it, so everything in it is checked before it is used.
+in the metadata the format, the fingerprint of the model, the prompt position (files of older versions hold none), and
+the turns, unread ids and position count as JSON. Whoever loads one has perhaps been sent it, so everything in it is
+checked before it is used.
 """
 
 import contextlib
@@ -10,7 +11,7 @@ import json
 import os
 import secrets
 import stat
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from visualrwkv.errors import InputError, one_line
+from visualrwkv.errors import InputError, one_line, short
 from visualrwkv.paths import as_path
-from visualrwkv.prompt import Turn
+from visualrwkv.prompt import POSITIONS, Turn
 from visualrwkv.state import RWKVState
 
 CHAT_FORMAT = "visualrwkv-chat-1"
@@ -36,17 +37,19 @@ class Moment:
         state: behind what it has read; None before the first turn. `clone` it to move it.
         unread: ids that the next turn has to read first: the last token of the reply, and its turn end.
         features: (n, num_image_tokens, D) of the pictures passed in the latest turn that passed any.
+        prompt: where pictures stand in a turn; None before the first one.
     """
 
     turns: tuple[Turn, ...] = ()
     state: RWKVState | None = None
     unread: tuple[int, ...] = ()
     features: Tensor | None = None
+    prompt: str | None = None
 
     def to(self, device) -> "Moment":
         state = self.state.to(device) if self.state else None
         features = None if self.features is None else self.features.to(device)
-        return Moment(self.turns, state, self.unread, features)
+        return replace(self, state=state, features=features)
 
 
 def write_chat(path: str | os.PathLike, moment: Moment, fingerprint: str) -> None:
@@ -66,6 +69,8 @@ def write_chat(path: str | os.PathLike, moment: Moment, fingerprint: str) -> Non
         "unread": json.dumps(moment.unread),
         "seen": json.dumps(moment.state.seen if moment.state else 0),
     }
+    if moment.prompt:
+        meta["prompt"] = moment.prompt
     partial = path.parent / f".{secrets.token_hex(8)}.part"  # a name made of the file's could be too long
     try:
         if path.exists() and not path.is_file():
@@ -104,6 +109,8 @@ def read_chat(path: str | os.PathLike, config, tokenizer, fingerprint) -> Moment
         InputError: unreadable, of another format or model, or damaged; the message says which.
     """
     path = as_path(path, "a file that chat.save wrote")
+    if os.path.isdir(path):
+        raise InputError(f"{path}: is a folder; pass a file that chat.save wrote")
     try:
         with safe_open(path, framework="pt") as file:
             meta = file.metadata() or {}
@@ -122,7 +129,7 @@ def read_chat(path: str | os.PathLike, config, tokenizer, fingerprint) -> Moment
     state = RWKVState.from_tensors(tensors, seen) if tensors else None
     if (state is None) != (not turns) or (features is not None and not any(turn.images for turn in turns)):
         raise _damaged(path, "its transcript and its tensors do not belong together")
-    return Moment(turns, state, unread, features)
+    return Moment(turns, state, unread, features, meta.get("prompt"))
 
 
 def _damaged(path, what):
@@ -135,6 +142,8 @@ def _check_meta(path, meta, fingerprint):
     missing = {"model", "transcript", "unread", "seen"} - set(meta)
     if missing:
         raise _damaged(path, f"{', '.join(sorted(missing))} missing")
+    if meta.get("prompt", POSITIONS[0]) not in POSITIONS:
+        raise _damaged(path, f"prompt {short(meta['prompt'])} is unknown")
     if meta["model"] != fingerprint():
         raise InputError(f"{path}: the conversation was held with another model; load the model it was saved with")
 
@@ -152,12 +161,14 @@ def _check_tensors(path, file, config):
     has_state = names - {FEATURES}
     if has_state and has_state != set(shapes):
         wrong = sorted(has_state ^ set(shapes))
-        raise _damaged(path, f"{len(wrong)} tensors of the state are missing or unknown ({wrong[0][:80]})")
+        raise _damaged(path, f"{len(wrong)} tensors of the state are missing or unknown ({short(wrong[0])})")
     for name in names:
         part = file.get_slice(name)
         shape, dtype = tuple(part.get_shape()), part.get_dtype()
         expected = (config.num_image_tokens, config.text_config.hidden_size) if name == FEATURES else shapes[name]
-        found = shape[1:] if name == FEATURES and len(shape) == 3 and shape[0] else shape
+        found = shape
+        if name == FEATURES:
+            found = shape[1:] if len(shape) == 3 and shape[0] else None  # of each picture
         precise = name.endswith("wkv")
         if found != expected or dtype not in (("F64", "F32") if precise else ("F64", "F32", "F16", "BF16")):
             raise _damaged(path, f"{name} is {dtype} {shape}, which does not fit the model")

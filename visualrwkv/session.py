@@ -52,7 +52,8 @@ class ChatSession:
     """A conversation; `vlm.chat()` starts one, `vlm.chat.load(path)` continues a saved one.
 
     Its memory does not grow with the talk, but for the words of the transcript: there are the state, up to
-    `UNDO_LIMIT` earlier states, and for each of these the features of the pictures that were passed last.
+    `UNDO_LIMIT` earlier states, during a reply one more, and for each of these the features of the pictures that were
+    passed last.
     One turn at a time: while a stream is being read, another turn, `undo`, `reset` and `save` are refused.
 
     Attributes:
@@ -71,6 +72,12 @@ class ChatSession:
     def transcript(self) -> list[dict]:
         """The turns so far as {"role": "user" | "assistant", "text", "images": number of pictures shown}."""
         return [asdict(turn) for turn in self._now.turns]
+
+    @property
+    def prompt(self) -> str:
+        """Where pictures stand in a turn, "sandwich", "first" or "last": as the processor of the model says when the
+        conversation begins. It goes on that way, also where it was saved and the model now says otherwise."""
+        return self._now.prompt or self._vlm.processor.prompt
 
     @property
     def nbytes(self) -> int:
@@ -105,7 +112,7 @@ class ChatSession:
         """
         asked, options = self._check(text, images, look_again), Sampling.of(sampling)
         with self._alone():
-            turn = self._under_way = _TurnUnderWay(self._vlm, self._now, *asked, options)
+            turn = self._under_way = _TurnUnderWay(self._vlm, self._now, self.prompt, *asked, options)
             for _ in turn.pieces():
                 pass
             return self._commit(turn)
@@ -120,14 +127,14 @@ class ChatSession:
         with self._alone():
             *_, look_again = asked
             self._check_look(look_again)  # once more: the conversation may have changed before the first piece
-            turn = self._under_way = _TurnUnderWay(self._vlm, self._now, *asked, options)
+            turn = self._under_way = _TurnUnderWay(self._vlm, self._now, self.prompt, *asked, options)
             try:
                 yield from turn.pieces()
             except GeneratorExit:
                 self._commit(turn)
                 raise
             except KeyboardInterrupt:
-                if turn.reply.tokens:
+                if turn.begun:
                     self._commit(turn, state_is_certain=False)
                 raise
             self._commit(turn)
@@ -137,6 +144,9 @@ class ChatSession:
         other = ChatSession(self._vlm)
         other._now, other._past, other.stats = self._now, self._past.copy(), self.stats
         return other
+
+    def __copy__(self) -> "ChatSession":
+        return self.fork()
 
     def __deepcopy__(self, memo) -> "ChatSession":
         """A fork: the model is not copied."""
@@ -213,9 +223,11 @@ class ChatSession:
 class _TurnUnderWay:
     """One turn from the user's words to the moment behind the reply; the moment before it stays as it is."""
 
-    def __init__(self, vlm, before: Moment, text: str, pictures: list, look_again: bool, sampling: Sampling):
+    def __init__(
+        self, vlm, before: Moment, prompt: str, text: str, pictures: list, look_again: bool, sampling: Sampling
+    ):
         self._started = time.perf_counter()
-        self._vlm, self._before = vlm, before
+        self._vlm, self._before, self._prompt = vlm, before, prompt
         fresh = None
         if pictures:
             pixels = vlm.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
@@ -225,11 +237,13 @@ class _TurnUnderWay:
         self._kept = before.features if fresh is None else fresh
         self._turn = Turn("user", text, images=sum(map(len, shown)))
         # the unread end of the last reply, then this turn alone
-        ids, _ = vlm.processor.encode_turns([*before.turns, self._turn], open_reply=True, start=len(before.turns))
+        turns = [*before.turns, self._turn]
+        ids, _ = vlm.processor.encode_turns(turns, open_reply=True, start=len(before.turns), position=prompt)
         self._inputs = {"input_ids": torch.tensor([[*before.unread, *ids]])}
         if shown:
             self._inputs["image_features"] = torch.cat(shown)  # (n, num_image_tokens, D)
         self._decoder, self.reply = Decoder(vlm.model), Reply(vlm.processor.tokenizer, sampling)
+        self._behind_prompt: RWKVState | None = None
         self._seconds = time.perf_counter() - self._started  # of work
 
     @property
@@ -237,9 +251,14 @@ class _TurnUnderWay:
         """None until the prompt was read."""
         return self._decoder.state
 
+    @property
+    def begun(self) -> bool:
+        """Whether the prompt was read and the first token chosen."""
+        return self._behind_prompt is not None
+
     def pieces(self) -> Iterator[str]:
         """Let the model reply, piece by piece."""
-        pieces = self._decoder.stream(self.reply, self._inputs, self._state_before())
+        pieces = self._pieces()
         while True:
             resumed = time.perf_counter()
             try:
@@ -263,7 +282,7 @@ class _TurnUnderWay:
         if reply.end not in (None, TURN_END) or not state_is_certain:
             # what the state has read beyond the reply, such as a stop string, is no part of the talk: go back to the
             # prompt, and let the next turn read the reply
-            state = self._read_prompt()
+            state = self._behind_prompt
             unread = tokenizer.encode_text((f" {reply.text}" if reply.text else "") + TURN_END)
         stats = ReplyStats(
             prompt_tokens=self._inputs["input_ids"].shape[1],
@@ -273,16 +292,13 @@ class _TurnUnderWay:
             finish=reply.finish,
         )
         turns = (*self._before.turns, self._turn, Turn("assistant", reply.text))
-        return Moment(turns, state, tuple(unread), self._kept), stats
+        return Moment(turns, state, tuple(unread), self._kept, self._prompt), stats
 
-    def _state_before(self):
-        """A copy to move."""
-        return self._before.state.clone() if self._before.state else None
-
-    def _read_prompt(self):
-        with torch.no_grad():
-            inputs = {name: value.to(self._vlm.model.device) for name, value in self._inputs.items()}
-            return self._vlm.model(**inputs, cache=self._state_before(), logits_to_keep=1).cache
+    def _pieces(self):
+        before = self._before.state.clone() if self._before.state else None  # which is moved
+        (text,) = self._decoder.read([self.reply], self._inputs, before)
+        self._behind_prompt = self._decoder.state.clone()
+        yield from self._decoder.rest(self.reply, text)
 
 
 def unread_end(vocabulary: Vocabulary, reply: list[int]) -> list[int]:
