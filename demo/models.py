@@ -83,7 +83,7 @@ class Models:
             raise InputError(words) from None
 
     def owner(self, file: Path, setting: tuple):
-        """Continue a saved conversation with the model in use, under the scan that it was held with.
+        """Continue a saved conversation with the model in use, as it was held.
 
         Returns:
             The setting (label, prompt, scan) and the conversation.
@@ -94,7 +94,8 @@ class Models:
         errors = []
         for way in sorted(SCANS, key=lambda way: way != scan):  # the present scan first
             try:
-                return (label, prompt, way), self.get(label, prompt, way).chat.load(file)
+                chat = self.get(label, prompt, way).chat.load(file)
+                return (label, chat.prompt, way), chat
             except InputError as error:
                 errors.append(error)
         raise errors[0]

@@ -22,7 +22,8 @@ from visualrwkv.errors import one_line
 from visualrwkv.image_processing import load_image
 
 BRANCHES = "ABCD"
-REFRESH = 0.05  # seconds between two pictures of a growing reply
+REFRESH = 0.05  # seconds between two pictures of a growing reply, at least, and
+REST = 4  # so many times what the last one took: each takes longer the more pictures there are in the conversation
 REFRESH_PANEL = 0.5  # and of the figures meanwhile
 READY = {"submit_btn": True, "stop_btn": False}
 WRITING = {"submit_btn": False, "stop_btn": True}
@@ -34,6 +35,8 @@ class Limits:
 
     pictures: int = 4
     characters: int = 4000
+    stops: int = 16
+    stop_characters: int = 256
     new_tokens: int = 1024
     seed: int = 2**31 - 1
     replies: int = 2
@@ -44,7 +47,8 @@ class Talk:
 
     def __init__(self, models: Models, sessions: Sessions, examples: list[Example], limits: Limits):
         self.models, self.sessions, self.examples, self.limits = models, sessions, examples, limits
-        self._writing: set[Session] = set()
+        self._writing: dict[Session, tuple] = {}  # those with a reply under way -> its setting
+        self._picking: set[tuple] = set()  # (page, setting) of models that are being loaded for a page
 
     # Writing a reply.
 
@@ -94,11 +98,11 @@ class Talk:
             warn(language, text(language, "busy"))
             yield (gr.skip(),) * 4
         else:
-            self._writing.add(session)
+            self._writing[session] = setting
             try:  # the lock is held until the page has the last word, so that nothing older overwrites what follows
                 yield from self._reply(session, language, setting, message, sampling, look_again)
             finally:
-                self._writing.discard(session)
+                del self._writing[session]
                 session.lock.release()
 
     def _reply(self, session, language, setting, message, sampling, look_again):
@@ -115,6 +119,11 @@ class Talk:
                 raise InputError(text(language, "too_long", given=len(asked), limit=self.limits.characters))
             if len(files) > self.limits.pictures:
                 raise InputError(text(language, "too_many_pictures", given=len(files), limit=self.limits.pictures))
+            if len(sampling["stop"]) > self.limits.stops or max(map(len, sampling["stop"]), default=0) > (
+                self.limits.stop_characters
+            ):
+                limits = {"limit": self.limits.stops, "characters": self.limits.stop_characters}
+                raise InputError(text(language, "too_many_stops", **limits))
             if session.setting != setting or session.branch is None:
                 with explained(language, "bad_model"):
                     session.restart(setting, self.models.get(*setting).chat())
@@ -134,7 +143,7 @@ class Talk:
             session.bring_back(former)
             yield self._show(session, language, setting, gr.skip())
             return
-        branch, said, last, counted = session.branch, "", 0.0, 0.0
+        branch, said, due, counted = session.branch, "", 0.0, 0.0
         box = gr.update(**WRITING) if "draft" in message else gr.update(value={"text": "", "files": []}, **WRITING)
         yield messages(branch, language, (asked, shown, "")), box, gr.skip(), gr.skip()
         turns = len(branch.chat.transcript)
@@ -143,12 +152,14 @@ class Talk:
                 said += piece
                 if session.halt.is_set():
                     break
-                if time.monotonic() - last >= REFRESH:
-                    last, figures = time.monotonic(), gr.skip()
-                    if last - counted >= REFRESH_PANEL:
-                        counted, numbers = last, panel.figures(self.models.get(*setting), branch.chat)
+                if (now := time.monotonic()) >= due:
+                    figures = gr.skip()
+                    if now - counted >= REFRESH_PANEL:
+                        counted, numbers = now, panel.figures(self.models.get(*setting), branch.chat)
                         figures = panel.html(numbers, language)
                     yield messages(branch, language, (asked, shown, said)), gr.skip(), figures, gr.skip()
+                    shown_at = time.monotonic()
+                    due = shown_at + max(REFRESH, REST * (shown_at - now))
         except InputError as error:
             warn(language, text(language, "bad_message", reason=error))
         except RuntimeError as error:  # out of memory, for instance: the page goes on, the conversation is as before
@@ -214,21 +225,31 @@ class Talk:
         """
         picked, session = (model, prompt, scan), self.sessions.peek(_key(request))
         before = session.setting if session and session.setting else self.models.default
-        if picked != before:
-            try:
-                if not self.models.is_loaded(model):
-                    tell(language, text(language, "loading", model=html.escape(str(model))))
-                with explained(language, "bad_model"):
-                    self.models.get(*picked)
-            except InputError as error:
-                warn(language, error)
-                picked = before
         if picked == before:
             return *(gr.skip(),) * 4, *before
-        if session and session.branches:
-            tell(language, text(language, "restarted"))
-        shown = self._change(request, language, picked, lambda session: session.restart(picked))
-        return *shown, *picked
+        if (_key(request), picked) in self._picking:  # Gradio reports a pick twice
+            return (gr.skip(),) * 7
+        self._picking.add((_key(request), picked))
+        try:
+            if not self.models.is_loaded(model):
+                tell(language, text(language, "loading", model=html.escape(str(model))))
+            with explained(language, "bad_model"):
+                self.models.get(*picked)
+        except InputError as error:
+            warn(language, error)
+            return *(gr.skip(),) * 4, *before
+        finally:
+            self._picking.discard((_key(request), picked))
+
+        def act(session):
+            if session.setting != picked:  # else it was begun anew by a message, sent while the model was loaded
+                if session.branches:
+                    tell(language, text(language, "restarted"))
+                session.restart(picked)
+
+        if self._writing.get(self.sessions.peek(_key(request))) == picked:
+            return *(gr.skip(),) * 4, *picked
+        return *self._change(request, language, picked, act), *picked
 
     def undo(self, language, model, prompt, scan, request: gr.Request):
         """Take back the last turn."""
@@ -255,6 +276,7 @@ class Talk:
 
     def fork(self, language, model, prompt, scan, request: gr.Request):
         """A second conversation with the same past; the page goes on with it."""
+        self._tell_cut(language, request)
 
         def act(session):
             if session.branch is None or not session.branch.chat.transcript:
@@ -269,6 +291,7 @@ class Talk:
 
     def switch(self, branch, language, model, prompt, scan, request: gr.Request):
         """Go on with another branch."""
+        self._tell_cut(language, request)
 
         def act(session):
             if branch in BRANCHES[: len(session.branches)]:
@@ -281,6 +304,7 @@ class Talk:
         session = self._open(request, language)
         if session is None:
             return None
+        self._tell_cut(language, request)
         session.halt.set()
         with session.lock:
             if session.branch is None or not session.branch.chat.transcript:
@@ -356,6 +380,11 @@ class Talk:
     def _tell_end(self, ended, language) -> None:
         words = text(language, ended.reason, minutes=round(self.sessions.idle / 60))
         gr.Warning(words, duration=None, title=text(language, "note"))
+
+    def _tell_cut(self, language, request) -> None:
+        """A word where a reply under way will end although nobody asked for its end."""
+        if self.sessions.peek(_key(request)) in self._writing:
+            tell(language, text(language, "ended"))
 
     def _change(self, request, language, setting, act):
         """End a reply that is under way, let `act` change the session, show it."""

@@ -93,6 +93,11 @@ TEXTS = {
         "The message has {given} characters; the limit is {limit}.",
         "消息有 {given} 个字符，上限为 {limit}。",
     ),
+    "too_many_stops": (
+        "Stop at {limit} lines at most, of up to {characters} characters each.",
+        "停止词最多 {limit} 行，每行最多 {characters} 个字符。",
+    ),
+    "ended": ("The reply that was being written ends here.", "正在生成的回答到此为止。"),
     "idle": (
         "Your conversation was closed after {minutes} idle minutes. Send again to start a new one.",
         "对话闲置 {minutes} 分钟，已关闭。再次发送即可开始新对话。",

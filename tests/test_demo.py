@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -133,8 +134,14 @@ def test_what_cannot_be_used_is_said_and_changes_nothing(talk, told, files, huge
         assert len(told) == 1 and expected in told[0] and str(tmp_path) not in told[0], told
         assert talk.sessions.peek((None, "a page")).branch.chat.transcript == before
         assert words(shown[0]) == [turn["text"] for turn in before]
-    say(talk, "Why?", temperature=float("nan"))
-    assert "temperature is nan" in told[-1]
+    for changes, expected in (
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"stop": "\n".join("abcdefghijklmnopq")}, "16 lines"),
+        ({"stop": "x" * 257}, "256 characters"),
+    ):
+        say(talk, "Why?", **changes)
+        assert expected in told[-1]
+        assert talk.sessions.peek((None, "a page")).branch.chat.transcript == before
 
 
 def test_a_second_turn_goes_on_and_can_look_again(talk, vlm, files):
@@ -185,15 +192,15 @@ def test_branches_part_and_can_be_switched(talk, told, files):
 
 
 def test_a_saved_conversation_goes_on_elsewhere(talk, vlm, told, files, tmp_path):
-    said = words(say(talk, "What?", files[0], scan="uni")[-1][0])
+    said = words(say(talk, "What?", files[0], prompt="first", scan="uni")[-1][0])
     path = talk.save("en", caller())
     assert Path(path).is_relative_to(tmp_path / "sessions") and path.endswith(".safetensors")
     other = caller("elsewhere")
     shown, _, _, _, *found = talk.load(path, *setting(talk), other)
     assert words(shown) == [texts.text("en", "picture_not_saved"), *said]
-    assert found == [talk.models.default[0], "sandwich", "uni"]  # the scan it was held with
-    onward = words(say(talk, "Why?", scan="uni")[-1][0])[-1]
-    assert words(say(talk, "Why?", scan="uni", request=other)[-1][0])[-1] == onward
+    assert found == [talk.models.default[0], "first", "uni"]  # as it was held
+    onward = words(say(talk, "Why?", files[1], prompt="first", scan="uni")[-1][0])[-1]
+    assert words(say(talk, "Why?", files[1], prompt="first", scan="uni", request=other)[-1][0])[-1] == onward
     talk.undo(*setting(talk), other)
     *_, message = talk.take_back(*setting(talk), other)  # from before the load
     assert message is None and "attach them again" in told[-1]
@@ -382,6 +389,77 @@ def test_the_panel_follows_a_reply(talk, monkeypatch):
     panels = [shown[2] for shown in say(talk, "What?", max_new_tokens=40)]
     counts = [int(re.search(r'tokens_read"><b>(\d+)', html)[1]) for html in panels[1:]]
     assert len(counts) > 3 and counts == sorted(counts) and 0 < counts[0] < counts[-1]
+
+
+def test_showing_a_reply_takes_a_fraction_of_the_time(talk, monkeypatch):
+    """Each picture of the page takes longer the more pictures there are in the conversation."""
+    now = 0.0
+
+    def clock():
+        nonlocal now
+        now += 0.1  # the model's work on a piece
+        return now
+
+    monkeypatch.setattr("visualrwkv.demo.talk.time", SimpleNamespace(monotonic=clock))
+    message, steps = {"text": "What?", "files": []}, 0
+    for _ in talk.say(message, **controls(talk.models, max_new_tokens=200), request=caller()):
+        steps += 1
+        now += 1  # until the page was shown it
+    written = talk.sessions.peek((None, "a page")).branch.chat.stats.reply_tokens
+    assert written > 100 and 4 < steps < written / 20
+
+
+@pytest.mark.parametrize("earlier", [0, 1])
+def test_a_message_sent_while_a_model_is_loaded_is_answered_by_it(earlier, talk, told, random_folder, monkeypatch):
+    talk.models, load = Models([str(random_folder)]), visualrwkv.load
+    for _ in range(earlier):
+        say(talk, "What?")
+    begun, go_on, results = threading.Event(), threading.Event(), []
+
+    def slow(*arguments, **options):
+        begun.set()
+        assert go_on.wait(60)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(visualrwkv, "load", slow)
+    picked = ("embedded", "sandwich", "bi")
+    pick = threading.Thread(target=lambda: results.append(talk.setting("en", *picked, caller())))
+    pick.start()
+    assert begun.wait(60)
+    assert talk.setting("en", *picked, caller()) == (gr.skip(),) * 7  # reported twice
+    message = {"text": "How many?", "files": []}
+    reply = talk.say(message, **controls(talk.models, model="embedded", max_new_tokens=60), request=caller())
+    sent = threading.Thread(target=lambda: results.append(next(reply)))
+    sent.start()
+    while not talk._writing:
+        time.sleep(0.01)
+    go_on.set()
+    pick.join()
+    sent.join()
+    shown = list(reply)[-1]
+    assert words(shown[0]) == ["How many?", load().ask(None, "How many?", max_new_tokens=60)]
+    assert sum("Loading" in word for word in told) == 1
+    chat = talk.sessions.peek((None, "a page")).branch.chat
+    assert talk.setting("en", *picked, caller())[4:] == picked
+    assert talk.sessions.peek((None, "a page")).branch.chat is chat
+
+
+def test_a_reply_that_something_else_ends_is_told(talk, told):
+    for end in (
+        lambda: talk.save("en", caller()),
+        lambda: talk.fork(*setting(talk), caller()),
+        lambda: talk.switch("A", *setting(talk), caller()),
+    ):
+        end()
+        assert "The reply that was being written ends here." not in told
+        reply = talk.say({"text": "What?", "files": []}, **controls(talk.models, max_new_tokens=500), request=caller())
+        next(reply)
+        thread = threading.Thread(target=end)
+        thread.start()
+        list(reply)
+        thread.join()
+        assert "The reply that was being written ends here." in told
+        told.clear()
 
 
 def test_a_closed_session_is_told_and_keeps_the_message(models, told, tmp_path):
