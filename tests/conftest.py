@@ -129,3 +129,53 @@ def recipe(tmp_path, random_folder):
         return path
 
     return write
+
+
+@pytest.fixture(scope="module")
+def server(random_folder):
+    """The demo with the embedded model and one with random weights."""
+    from visualrwkv.demo.app import Server
+
+    # clients that vanish are noticed when the next sign of life cannot be sent
+    os.environ["GRADIO_HEARTBEAT_INTERVAL"] = "0.5"
+    server = Server(["embedded", str(random_folder)], grace=0.5)
+    yield server
+    server.close()
+    del os.environ["GRADIO_HEARTBEAT_INTERVAL"]
+
+
+@pytest.fixture(scope="module")
+def chromium(server):
+    from visualrwkv.demo.screenshots import browser
+
+    with browser() as chromium:
+        yield chromium
+
+
+@pytest.fixture
+def open_page(chromium, server):
+    """Opens the app at a size; in the end no page may have asked anybody else or met an error."""
+    from demo_browser import SLOW
+
+    from visualrwkv.demo.screenshots import SIZES
+
+    contexts, asked, errors = [], set(), []
+
+    def open_page(size="wide", locale="en-US"):
+        width, height = SIZES[size]
+        context = chromium.new_context(viewport={"width": width, "height": height}, locale=locale)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(SLOW)
+        page.on("request", lambda request: asked.add(request.url.split("?")[0]))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(server.url)
+        page.locator("#examples img").first.wait_for()
+        page.wait_for_function("window.visualrwkv")  # page.js, which Gradio starts when all is drawn, listens
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert {url for url in asked if not url.startswith((server.url, "data:", "blob:"))} == set()
+    assert errors == []

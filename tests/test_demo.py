@@ -1,7 +1,7 @@
 """The handlers of the demo, called as Gradio calls them.
 
-Beside it: `test_demo_panel.py`, `test_demo_sessions.py`, `test_demo_server.py`, and `test_demo_browser.py`, which looks
-at the page.
+Beside it: `test_demo_panel.py`, `test_demo_sessions.py`, `test_demo_server.py`, `test_demo_browser.py`, which uses
+the page, and `test_demo_look.py`, which looks at it.
 """
 
 import errno

@@ -1,23 +1,20 @@
-"""The demo as a person meets it: headless Chromium on a real server, answers compared with those of the Python API."""
+"""The demo as a person meets it: headless Chromium on a real server, answers compared with those of the Python API.
 
-import os
+How the page looks is tested in `test_demo_look.py`.
+"""
+
 import time
 
 import pytest
+from demo_browser import attach, needs_chromium, replies_go_on, said, toast
 from PIL import Image
 
 import visualrwkv
 from visualrwkv import scenes
+from visualrwkv.demo.screenshots import ask, idle
 
-pytest.importorskip("gradio")
-pytest.importorskip("playwright.sync_api")
+pytestmark = needs_chromium
 
-from visualrwkv.demo.app import Server
-from visualrwkv.demo.screenshots import SIZES, ask, browser, find_chromium, idle
-
-pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no Chromium is installed (apt-get install chromium)")
-
-SLOW = 120_000  # ms; other work may hold the machine
 COLOUR, DESCRIBE, LEFT = "What color is the object on the left?", "Describe the image.", "What shape is on the left?"
 LONGEST = 256  # what the page asks for by itself
 
@@ -25,47 +22,6 @@ LONGEST = 256  # what the page asks for by itself
 @pytest.fixture(scope="module")
 def vlm():
     return visualrwkv.load()
-
-
-@pytest.fixture(scope="module")
-def server(random_folder):
-    # clients that vanish are noticed when the next sign of life cannot be sent
-    os.environ["GRADIO_HEARTBEAT_INTERVAL"] = "0.5"
-    server = Server(["embedded", str(random_folder)], grace=0.5)
-    yield server
-    server.close()
-    del os.environ["GRADIO_HEARTBEAT_INTERVAL"]
-
-
-@pytest.fixture(scope="module")
-def chromium(server):
-    with browser() as chromium:
-        yield chromium
-
-
-@pytest.fixture
-def open_page(chromium, server):
-    """Opens the app at a size; in the end no page may have asked anybody else or met an error."""
-    contexts, asked, errors = [], set(), []
-
-    def open_page(size="wide", locale="en-US"):
-        width, height = SIZES[size]
-        context = chromium.new_context(viewport={"width": width, "height": height}, locale=locale)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(SLOW)
-        page.on("request", lambda request: asked.add(request.url.split("?")[0]))
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(server.url)
-        page.locator("#examples img").first.wait_for()
-        page.wait_for_function("window.visualrwkv")  # page.js, which Gradio starts when all is drawn, listens
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert {url for url in asked if not url.startswith((server.url, "data:", "blob:"))} == set()
-    assert errors == []
 
 
 @pytest.fixture(scope="module")
@@ -78,17 +34,6 @@ def drawn(tmp_path_factory):
     return [folder / f"{number}.png" for number in range(2)]
 
 
-def attach(page, picture):
-    page.locator("#box input[type=file]").first.set_input_files(picture)
-    page.locator("#box .thumbnail-item").first.wait_for()
-
-
-def said(page, who):
-    """The texts of all messages of "user" or "bot"."""
-    spoken = [part.inner_text().strip() for part in page.locator(f"#chat [data-testid={who}]").all()]
-    return [words for words in spoken if words]  # pictures have none
-
-
 def visible(words):
     """Without white space and control characters, of which random weights write many and a page shows few."""
     return "".join(sign for sign in words if sign.isprintable() and not sign.isspace())
@@ -96,26 +41,6 @@ def visible(words):
 
 def figure(page, name):
     return page.locator(f"#figures [data-figure={name}] b").inner_text()
-
-
-def sideways(page):
-    """Pixels by which the page is wider than its window."""
-    return page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
-
-
-def toast(page):
-    return page.locator("[data-testid=toast-text]").last.inner_text()
-
-
-def replies_go_on(page):
-    """Pick the model with random weights in the menu, and long replies."""
-    page.locator("#reading button").first.click()
-    page.locator("#model input").click()
-    page.locator("[role=option]", has_text="random").click()
-    page.locator("#sampling button").first.click()
-    longest = page.locator("#max_new_tokens input[type=number]")
-    longest.fill("1024")
-    longest.press("Tab")
 
 
 def test_a_conversation(open_page, server, vlm, drawn, tmp_path):
@@ -260,19 +185,6 @@ def test_a_look_at_the_settings_changes_nothing(open_page):
     assert not any(button.is_visible() for button in page.locator("#chat .top-panel button").all())
 
 
-def test_what_is_chosen_shows_as_chosen_under_the_pointer(open_page):
-    page = open_page()
-    page.locator("#reading button").first.click()
-    chosen, other = (page.locator(f"#reading input[value={name}]") for name in ("sandwich", "first"))
-    colour = "one => getComputedStyle(one).backgroundColor"
-    page.mouse.move(5, 5)
-    away = chosen.evaluate(colour)
-    assert away != other.evaluate(colour)
-    chosen.hover()
-    page.wait_for_timeout(500)  # a change of colour would take a moment
-    assert chosen.evaluate(colour) == away
-
-
 def test_a_draft_survives_another_answer(open_page, drawn):
     page = open_page()
     page.locator("#examples button").first.click()
@@ -335,43 +247,6 @@ def test_a_page_loaded_again_goes_on_with_its_conversation(open_page, server, dr
     server.sessions.grace = 0.5
 
 
-def test_words_run_in_the_direction_of_their_script(open_page):
-    page = open_page()
-    ask(page, "What?\nמה זה?")
-    places = page.locator("#chat [data-testid=user]").evaluate("""(element) => {
-        const walker = document.createTreeWalker(element, NodeFilter.SHOW_TEXT);
-        while (!walker.nextNode().data.includes("?"));
-        const range = document.createRange(), text = walker.currentNode;
-        return [...text.data].map((_, index) => {
-            range.setStart(text, index);
-            range.setEnd(text, index + 1);
-            return range.getBoundingClientRect().x;
-        });
-    }""")
-    english, hebrew = places[:5], places[6:12]
-    assert english == sorted(english) and hebrew == sorted(hebrew, reverse=True)
-
-
-@pytest.mark.parametrize("size", [(820, 700), (720, 375), (390, 844), (320, 568), (1280, 600)])
-def test_nothing_lies_over_something_else(open_page, size):
-    page = open_page("wide")
-    page.set_viewport_size({"width": size[0], "height": size[1]})
-    page.wait_for_timeout(300)
-    places = [page.locator(name).bounding_box() for name in ("#chat", "#examples", "#box", "#actions")]
-    if size[0] <= 820:
-        places.append(page.locator("#figures").bounding_box())
-    for upper, lower in zip(places, places[1:], strict=False):
-        assert upper["y"] + upper["height"] <= lower["y"] + 1
-    assert sideways(page) <= 0
-    if size[0] <= 820:
-        assert page.locator("#figures .summary").bounding_box()["y"] == 0
-        places = [page.locator(name).bounding_box() for name in ("#figures .summary", "#brand h1")]
-        assert places[0]["height"] <= places[1]["y"]
-    wide = "element => element.scrollWidth - element.clientWidth"
-    for words in page.locator("#brand h1, #actions button, #keep button").all():
-        assert words.evaluate(wide) <= 0, words.inner_text()
-
-
 def test_a_closed_page_frees_its_session(open_page, server):
     page = open_page()
     before = set(server.sessions._live)
@@ -415,34 +290,3 @@ def test_a_photograph(open_page):
     page.locator("#box .thumbnail-item").first.wait_for()
     ask(page, COLOUR)
     assert page.locator("#chat .user-row img").count() == 1 and len(said(page, "bot")) == 1
-
-
-def test_chinese(open_page, vlm):
-    page = open_page(locale="zh-CN")  # the browser's own language is taken up
-    page.locator("#new", has_text="新对话").wait_for()
-    page.locator("#figures", has_text="记忆").wait_for()
-    page.locator("#examples button").first.click()
-    page.locator("#chat .bot-row").wait_for()
-    idle(page)
-    page.locator("#language label", has_text="English").click()
-    page.locator("#new", has_text="New chat").wait_for()
-    page.locator("#figures", has_text="Memory").wait_for()
-    assert len(said(page, "bot")) == 1
-    page.reload()  # what was chosen is remembered
-    page.locator("#new", has_text="New chat").wait_for()
-    page.wait_for_function("document.documentElement.lang === 'en'")
-
-
-def test_a_phone_needs_no_scrolling_sideways(open_page):
-    page = open_page("phone")
-    assert sideways(page) <= 0
-    page.locator("#examples button").first.click()
-    page.locator("#chat .bot-row").wait_for()
-    idle(page)
-    for accordion in ("#reading", "#sampling"):
-        page.locator(f"{accordion} button").first.click()
-    page.wait_for_timeout(500)
-    assert sideways(page) <= 0
-    for name in ("#chat", "#box", "#figures", "#actions", "#sampling"):
-        place = page.locator(name).bounding_box()
-        assert place["x"] >= 0 and place["x"] + place["width"] <= SIZES["phone"][0], name
