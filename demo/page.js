@@ -25,12 +25,30 @@
         if (give(event.clipboardData?.files ?? [])) event.preventDefault();
     });
 
+    // The box is emptied when the reply to its message begins. What was typed behind the message until then is kept.
+    let typed = "";
+    document.addEventListener("input", ({target}) => {
+        if (target.matches?.("#box textarea")) typed = target.value.trimStart();
+    }, true);
+    const keepTyped = () => requestAnimationFrame(() => {  // when all of the page is as it should be
+        const box = document.querySelector("#box textarea");
+        const asked = [...document.querySelectorAll("#chat [data-testid=user]")].at(-1)?.textContent.trim();
+        const left = asked && typed.startsWith(asked) ? typed.slice(asked.length).trimStart() : "";
+        typed = "";
+        if (!left || box.value) return;
+        box.value = left;
+        box.dispatchEvent(new Event("input", {bubbles: true}));
+    });
+
     // The end of the conversation stays in view until its reader scrolls up, and again from the next question on.
     let follows = true, questions = 0;
     const end = () => {
         const area = document.querySelector("#chat .bubble-wrap");
         const asked = document.querySelectorAll("#chat .user-row").length;
-        if (asked > questions) follows = true;
+        if (asked > questions) {
+            follows = true;
+            keepTyped();
+        }
         questions = asked;
         if (area && follows) area.scrollTop = area.scrollHeight;
     };

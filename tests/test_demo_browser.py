@@ -3,6 +3,7 @@
 How the page looks is tested in `test_demo_look.py`.
 """
 
+import threading
 import time
 
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 import visualrwkv
 from visualrwkv import scenes
 from visualrwkv.demo.screenshots import ask, idle
+from visualrwkv.demo.talk import Talk
 
 pytestmark = needs_chromium
 
@@ -205,6 +207,28 @@ def test_a_draft_survives_another_answer(open_page, drawn):
     assert page.locator("#chat .bot-row").count() == 1
 
 
+def test_what_is_typed_before_the_reply_begins_stays(open_page, monkeypatch):
+    page = open_page()
+    box, begins, seed = page.locator("#box textarea"), threading.Event(), Talk._seed
+
+    def held(*arguments):
+        assert begins.wait(60)
+        return seed(*arguments)
+
+    monkeypatch.setattr(Talk, "_seed", held)
+    for number, more in enumerate((" And then?", "")):
+        begins.clear()
+        box.fill(DESCRIBE)
+        box.press("Enter")
+        page.wait_for_timeout(1000)  # Gradio takes what is in the box a moment later
+        box.press_sequentially(more)
+        begins.set()
+        page.locator("#chat .bot-row").nth(number).wait_for()
+        idle(page)
+        assert box.input_value() == more.strip()
+    assert said(page, "user") == [DESCRIBE, DESCRIBE]
+
+
 def test_pictures_are_dropped_and_pasted_anywhere(open_page, drawn):
     page = open_page()
     files = """async kind => {
@@ -224,6 +248,7 @@ def test_pictures_are_dropped_and_pasted_anywhere(open_page, drawn):
 
 def test_a_page_loaded_again_goes_on_with_its_conversation(open_page, server, drawn, monkeypatch):
     """Gradio loads the page again where the connection was cut in the middle of a reply."""
+    before = set(server.sessions._live)
     monkeypatch.setattr(server.sessions, "grace", 600)
     page = open_page()
     replies_go_on(page)
@@ -236,7 +261,8 @@ def test_a_page_loaded_again_goes_on_with_its_conversation(open_page, server, dr
     assert said(page, "user") == [DESCRIBE] and page.locator("#chat .user-row img").count() == 1
     ask(page, COLOUR)
     assert said(page, "user") == [DESCRIBE, COLOUR]
-    (chat,) = (s.branch.chat for s in server.sessions._live.values() if s.branch and s.branch.chat.nbytes)
+    fresh = (session for key, session in server.sessions._live.items() if key not in before)
+    (chat,) = (session.branch.chat for session in fresh if session.branch and session.branch.chat.nbytes)
     assert [turn["text"] for turn in chat.transcript[::2]] == [DESCRIBE, COLOUR]
     assert list(map(visible, said(page, "bot"))) == [visible(turn["text"]) for turn in chat.transcript[1::2]]
     other = page.context.new_page()  # another page of the same browser has a conversation of its own
