@@ -15,9 +15,11 @@ import torch
 from test_ops import (
     COMPILER,
     DECAYS,
+    check_golden,
     check_low_precision,
     check_rounding,
     compare,
+    golden,
     in_double,
     mix_decays,
     same_bits,
@@ -94,6 +96,15 @@ def test_recurrent_kernel(library, size, time):
     exact = in_double(wkv6_reference, inputs, torch.zeros_like(inputs[0]), inputs[5])
     for multiprocessors in (1, 8):  # all columns of a state in one block, and spread over several
         compare(emulate(library, inputs, multiprocessors=multiprocessors, backward=False), exact[:2], 5e-7)
+
+
+@pytest.mark.parametrize("name", ["wkv6_a", "wkv6_b", "wkv6_extreme", "wkv6_state", "wkv6_state_gs"])
+def test_golden(library, name):
+    data = golden(f"{name}.safetensors")
+    suffix = "__s0" if "s0" in data else ""
+    inputs = [data[key] for key in ("r", "k", "v", "w", "u", "s0") if key in data]
+    results = emulate(library, inputs, data["gy"], data.get("gs_out"))
+    check_golden(data, suffix, results if suffix else results[:-1], gw=5e-6)
 
 
 @pytest.mark.parametrize("size", [32, 64, 128])
