@@ -26,7 +26,7 @@ from test_ops import (
     sample,
 )
 
-from visualrwkv.ops import wkv6_reference
+from visualrwkv.ops import wkv6_chunked, wkv6_reference
 
 pytestmark = pytest.mark.skipif(not COMPILER or sys.platform != "linux", reason="needs Linux and a C++ compiler")
 
@@ -135,6 +135,14 @@ def test_segments(library, time, multiprocessors, size, mean):
     call = Call(batch=1, time=time, heads=1, size=size, multiprocessors=multiprocessors)
     assert library.segments(call) == (3 if multiprocessors == 8 else 1)
     check(library, inputs, both_orders=True, multiprocessors=multiprocessors)
+
+
+def test_rounding_does_not_add_up_in_long_sequences(library):
+    """Tensor cores round toward zero: a state kept in them would be off ten times as far, and more with every token."""
+    inputs = sample(1, 2048, 1, 32, mean=-9.0, spread=0.3)
+    with torch.no_grad():
+        exact = wkv6_chunked(*(x.double() for x in inputs))
+    compare(emulate(library, inputs, backward=False), exact, 5e-6)
 
 
 def test_without_a_state_and_without_some_gradients(library):
