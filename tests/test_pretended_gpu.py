@@ -301,6 +301,20 @@ def test_a_weight_that_takes_the_place_of_another_is_used(gpus, random_folder):
             torch.testing.assert_close(changed.cpu(), rwkv(embeds, state.clone())[0].cpu())
 
 
+def test_a_weight_that_moves_alone_is_found(gpus, random_folder):
+    """As after model.cpu(); model.cuda(): the same parameters, most of which may lie where they were."""
+    rwkv = visualrwkv.load(random_folder, device="cuda:0").model.rwkv
+    state, embeds = RWKVState.zeros(rwkv.config, 1, device="cuda:0"), rwkv.emb.weight[None, :1].detach()
+    with torch.no_grad():
+        rwkv(embeds, state.clone())
+        for tensor in (rwkv.blocks[1].ffn.value.weight, rwkv.blocks[0].att.time_faaaa, rwkv.ln_out.bias):
+            tensor.inner = 2 * tensor.inner + 1
+            moved = rwkv(embeds, state.clone())[0]
+            assert len(cuda_graphs._steps[rwkv]) == 1, "the graph over the old weights is gone"
+            with use_kernel(False):
+                torch.testing.assert_close(moved.cpu(), rwkv(embeds, state.clone())[0].cpu())
+
+
 @needs_kernel
 def test_layers_that_are_compiled_find_the_kernels_of_the_gpu(gpus, random_folder, monkeypatch):
     """Nothing loads them while a layer is traced."""

@@ -71,8 +71,7 @@ def _find(rwkv: torch.nn.Module, parts: "_Parts", embeds: Tensor, state: RWKVSta
     steps = _steps.setdefault(rwkv, OrderedDict())
     places = 1 << (embeds.shape[0] - 1).bit_length()
     # all but the first change when the weights are moved, cast or replaced, which a graph would not notice
-    addresses = [block.att.key.weight.data_ptr() for block in (rwkv.blocks[0], rwkv.blocks[-1])]
-    key = (places, embeds.dtype, embeds.device, parts, *addresses)
+    key = (places, embeds.dtype, embeds.device, parts)
     if key not in steps:
         for old in [other for other in steps if other[1:] != key[1:]]:
             _release(steps.pop(old))
@@ -188,7 +187,7 @@ class StaticStep:
 
 
 class _Parts:
-    """The modules, parameters and buffers of a model, as they were when a graph was recorded."""
+    """The modules, parameters and buffers of a model, and where these lay, when a graph was recorded."""
 
     def __init__(self, rwkv: torch.nn.Module):
         modules = list(rwkv.modules())
@@ -196,14 +195,21 @@ class _Parts:
         self._parents = [kind for kind in kinds for _ in kind]
         self._names = [name for kind in kinds for name in kind]
         self._children = [child for kind in kinds for child in kind.values()]
+        # bound once: looking the method up takes longer than the call, and there are hundreds before each token
+        self._ask = [child.data_ptr for child in self._children if isinstance(child, Tensor)]
+        self._addresses = self._find_addresses()
         self._hooks = [hooks for each in modules for hooks in (each._forward_hooks, each._forward_pre_hooks)]
         self._dicts = [each.__dict__ for each in modules]
         # adapters can be switched on and off in Python, which a graph would not notice
         self._adapted = any(type(each).__module__.startswith("peft") for each in modules)
 
     def hold(self) -> bool:
-        """Whether the model still consists of the same ones."""
-        return all(map(operator.is_, map(dict.get, self._parents, self._names), self._children))
+        """Whether the model still consists of the same ones, in the same memory: casts and moves keep the objects."""
+        same = all(map(operator.is_, map(dict.get, self._parents, self._names), self._children))
+        return same and self._find_addresses() == self._addresses
+
+    def _find_addresses(self) -> list[int]:
+        return list(map(operator.call, self._ask))
 
     def plain(self) -> bool:
         """Whether a step does what the classes of the modules say: no adapter, no hook, no replaced forward."""
