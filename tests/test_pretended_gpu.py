@@ -250,6 +250,7 @@ def test_where_recording_fails_decoding_goes_on(gpus, random_folder, pictures, m
     there = visualrwkv.load(random_folder, device="cuda:0")
     wanted = there.ask(pictures[0], "What?", **SHORT)
     stream, step = torch.cuda.current_stream(), cuda_graphs.StaticStep._step
+    monkeypatch.setattr(cuda_graphs, "_RECORDS_AGAIN", True)
 
     def out_of_memory(self):
         raise torch.OutOfMemoryError("of memory for so many")
@@ -264,6 +265,29 @@ def test_where_recording_fails_decoding_goes_on(gpus, random_folder, pictures, m
         graphs = {key[0]: graph is not None for key, graph in cuda_graphs._steps[there.model.rwkv].items()}
         assert graphs == {1: True, 2: False}
         cuda_graphs._steps[there.model.rwkv].popitem()
+
+
+def test_a_pytorch_that_a_failed_recording_spoils_records_no_more(gpus, random_folder, pictures, monkeypatch):
+    there, tried = visualrwkv.load(random_folder, device="cuda:0"), []
+    wanted = there.ask(pictures[0], "What?", **SHORT)
+    step = cuda_graphs.StaticStep._step
+
+    def broken(self):
+        tried.append(gpus.recording is not None)
+        if gpus.recording:
+            raise RuntimeError("not permitted")
+        step(self)
+
+    monkeypatch.setattr(cuda_graphs, "_RECORDS_AGAIN", False)
+    monkeypatch.setattr(cuda_graphs, "_refused", "")
+    with monkeypatch.context() as patch, pytest.warns(RuntimeWarning, match="up to 2 sequences"):
+        patch.setattr(cuda_graphs.StaticStep, "_step", broken)
+        there.ask(pictures[0], ["What?"] * 2, **SHORT)
+        assert tried == [False, False, True]
+        with pytest.warns(RuntimeWarning, match="up to 4 sequences .* records nothing more"):
+            assert there.ask(pictures[0], ["What?"] * 3, **SHORT) == [wanted] * 3
+        assert len(tried) == 3
+    assert there.ask(pictures[0], "What?", **SHORT) == wanted, "from the graph of before"
 
 
 def test_what_is_hooked_in_is_called_for_each_token(gpus, random_folder):

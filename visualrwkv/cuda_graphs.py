@@ -26,6 +26,9 @@ from torch import Tensor
 from visualrwkv.ops.kernel import kernels_wanted, states_in_place
 from visualrwkv.state import LayerState, RWKVState, whole
 
+# Before 2.13, where recording fails, PyTorch's allocator goes on taking it for under way, and refuses the next one.
+_RECORDS_AGAIN = torch.__version__ >= (2, 13)
+_refused = ""  # why nothing is recorded any more
 _KEPT = 8  # graphs of a model, one for each number of places; each has memory for so many states
 # None: what could not be recorded
 _steps: "weakref.WeakKeyDictionary[torch.nn.Module, OrderedDict[tuple, StaticStep | None]]" = (
@@ -97,7 +100,14 @@ def _release(static: "StaticStep | None") -> None:
 
 
 def record(function: Callable[[], None]) -> Callable[[], None]:
-    """The work of `function` on the current GPU as a graph; what it does elsewhere is done only now."""
+    """The work of `function` on the current GPU as a graph; what it does elsewhere is done only now.
+
+    Raises:
+        RuntimeError: it cannot be recorded.
+    """
+    global _refused
+    if _refused:
+        raise RuntimeError(_refused)
     stream = _side_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # also brings back the stream of before where recording fails
@@ -105,8 +115,13 @@ def record(function: Callable[[], None]) -> Callable[[], None]:
             function()
         graph = torch.cuda.CUDAGraph()
         # Without a stream PyTorch takes one that belongs to the GPU of the first graph of the process.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # other threads may go on
-            function()
+        try:
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # other threads may go on
+                function()
+        except RuntimeError:
+            if not _RECORDS_AGAIN:
+                _refused = f"PyTorch {torch.__version__} records nothing more in a process where it has failed to"
+            raise
     torch.cuda.current_stream().wait_stream(stream)
     return graph.replay
 
