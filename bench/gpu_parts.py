@@ -34,13 +34,17 @@ def attempt(case: str, function, *arguments) -> None:
 
     try:
         function(case, *arguments)
+        torch.cuda.empty_cache()  # which fails, too, where the GPU is lost
     except Exception as error:  # whatever it is, the other cases go on
-        report(case, failed=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}")
-    torch.cuda.empty_cache()
+        report(case, failed=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}")
 
 
-def milliseconds(function, seconds: float = 1.0) -> dict:
-    """Median, quartiles and number of runs of a call on the current device."""
+def milliseconds(function, seconds: float = 1.0, graph: bool = True) -> dict:
+    """Median, quartiles and number of runs of a call on the current device.
+
+    Args:
+        graph: try to record the call. False where it waits for the GPU: a recording that fails can spoil the process.
+    """
     import torch
 
     from visualrwkv.cuda_graphs import record
@@ -48,11 +52,12 @@ def milliseconds(function, seconds: float = 1.0) -> dict:
     for _ in range(3):
         function()
     torch.cuda.synchronize()
-    try:
-        run, how = record(function), "graph"
-    except RuntimeError:  # allocates or synchronizes in a way that cannot be recorded
-        torch.cuda.synchronize()
-        run, how = function, "calls"
+    run, how = function, "calls"
+    if graph:
+        try:
+            run, how = record(function), "graph"
+        except RuntimeError:  # allocates or synchronizes in a way that cannot be recorded
+            torch.cuda.synchronize()
     times, end = [], time.monotonic() + seconds
     while len(times) < 5 or (time.monotonic() < end and len(times) < 200):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -178,6 +183,8 @@ def _wkv_forms():
 def _time_wkv(case, form, shape, copy, backward):
     import torch
 
+    from visualrwkv.ops import wkv6_chunked
+
     batch, length, heads = shape
     inputs = sample(*shape, dtype=torch.bfloat16)
     gy = torch.randn_like(inputs[0])
@@ -191,7 +198,8 @@ def _time_wkv(case, form, shape, copy, backward):
         wanted = [x.detach().requires_grad_() for x in inputs]
         torch.autograd.grad(form(*wanted)[0], wanted, gy)
 
-    numbers = milliseconds(both if backward else forward_only)
+    # the chunked form asks the GPU how many channels decay strongly
+    numbers = milliseconds(both if backward else forward_only, graph=form is not wkv6_chunked)
     rate = moved / numbers["ms"] / 1e6
     report(case, **numbers, **{"GB/s": rate, "of copy bandwidth": rate / copy})
 
@@ -280,13 +288,15 @@ def _prefill(case, name, length, product):
 
     inputs = sample(1, length, rwkv.config.num_heads, dtype=torch.bfloat16)
     from visualrwkv.ops import wkv6
+    from visualrwkv.ops.kernel import ready_on_cuda
 
     def wkv():
         with torch.no_grad():
             wkv6(*inputs)
 
-    numbers = milliseconds(read)
-    operator = milliseconds(wkv)["ms"] * rwkv.config.num_hidden_layers
+    graph = ready_on_cuda()  # else it is the chunked form
+    numbers = milliseconds(read, graph=graph)
+    operator = milliseconds(wkv, graph=graph)["ms"] * rwkv.config.num_hidden_layers
     floor = 2 * weights * length / product / 1e9
     report(case, **numbers, **{"wkv share": operator / numbers["ms"], "of matrix products": floor / numbers["ms"]})
 

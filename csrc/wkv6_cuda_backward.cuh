@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(2 * N) receptance_kernel(const BackwardProblem
       for (int n = 0; n < 2; ++n) {
         float b[2];
         transposed_b(b, shared.dscores, 8 * n, 8 * step, at);
-        multiply_add<Operand::split, Operand::split>(x[n], a, b);
+        add_product<Operand::split, Operand::split>(x[n], a, b);
       }
     }
     update_state<N, Operand::split, as_read<Exact>, false>(s, shared.total, shared.k, shared.v, at);
@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(2 * N) key_value_kernel(const BackwardProblem 
         for (int n = 0; n < 2; ++n) {
           float b[2];
           plain_b(b, shared.scores, 8 * step, 8 * n, at);
-          multiply_add<as_read<Exact>, rough<Exact>>(x[n], a, b);
+          add_product<as_read<Exact>, rough<Exact>>(x[n], a, b);
         }
       }
       put_transposed(shared.parts[at.warp], x, at);
@@ -331,7 +331,7 @@ __global__ void __launch_bounds__(2 * N) key_value_kernel(const BackwardProblem 
         for (int n = 0; n < 2; ++n) {
           float b[2];
           plain_b(b, shared.dscores, 8 * step, 8 * n, at);
-          multiply_add<Operand::split, Operand::split>(x[n], a, b);
+          add_product<Operand::split, Operand::split>(x[n], a, b);
         }
       }
       put_transposed(shared.dparts[at.warp], x, at);

@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(2 * N, N == 64 ? 4 : 1) forward_kernel(const F
       for (int n = 0; n < 2; ++n) {
         float b[2];
         transposed_b(b, shared.scores, 8 * n, 8 * step, at);
-        multiply_add<as_read<Exact>, rough<Exact>>(y[n], a, b);
+        add_product<as_read<Exact>, rough<Exact>>(y[n], a, b);
       }
     }
     update_state<N, as_read<Exact>, Operand::split, true>(s, shared.total, shared.v, shared.k, at);

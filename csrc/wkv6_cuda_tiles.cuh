@@ -122,6 +122,16 @@ __device__ inline void put(float (*x)[chunk_length + 4], const float (&d)[2][4],
     for (int e = 0; e < 4; ++e) x[at.row + 8 * (e / 2)][8 * n + 2 * at.pair + e % 2] = d[n][e];
 }
 
+// d += a b. Tensor cores round what they add up toward zero, and errors of one sign do not cancel (csrc/README.md). So
+// they sum no more than 16 products, from zero; what is more than these is added in float32.
+template <Operand A, Operand B>
+__device__ inline void add_product(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+  float sum[4] = {};
+  multiply_add<A, B>(sum, a, b);
+#pragma unroll
+  for (int e = 0; e < 4; ++e) d[e] += sum[e];
+}
+
 // ---- States. A warp holds 16 rows of an N x N matrix as results d: of a state the rows of 16 keys, or transposed,
 // the columns of 16 values.
 
@@ -160,14 +170,17 @@ __device__ inline void update_state(
   for (int step = 0; step < 2; ++step) transposed_a(a[step], x, 8 * step, at.first, at);
 #pragma unroll
   for (int tile = 0; tile < N / 8; ++tile) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e)
-      s[tile][e] *= total[Transposed ? 8 * tile + 2 * at.pair + e % 2 : at.first + at.row + 8 * (e / 2)];
+    float sum[4] = {};  // as in `add_product`
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
       float b[2];
       plain_b(b, y, 8 * step, 8 * tile, at);
-      multiply_add<X, Y>(s[tile], a[step], b);
+      multiply_add<X, Y>(sum, a[step], b);
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int channel = Transposed ? 8 * tile + 2 * at.pair + e % 2 : at.first + at.row + 8 * (e / 2);
+      s[tile][e] = s[tile][e] * total[channel] + sum[e];
     }
   }
 }
@@ -184,7 +197,7 @@ __device__ inline void apply_state(
     for (int n = 0; n < 2; ++n) {
       float b[2];
       adjacent_b(b, x, 8 * n, 8 * tile, at);
-      multiply_add<State, X>(d[n], a, b);
+      add_product<State, X>(d[n], a, b);
     }
   }
 }

@@ -15,16 +15,18 @@ import torch
 from test_ops import (
     COMPILER,
     DECAYS,
+    check_golden,
     check_low_precision,
     check_rounding,
     compare,
+    golden,
     in_double,
     mix_decays,
     same_bits,
     sample,
 )
 
-from visualrwkv.ops import wkv6_reference
+from visualrwkv.ops import wkv6_chunked, wkv6_reference
 
 pytestmark = pytest.mark.skipif(not COMPILER or sys.platform != "linux", reason="needs Linux and a C++ compiler")
 
@@ -96,6 +98,15 @@ def test_recurrent_kernel(library, size, time):
         compare(emulate(library, inputs, multiprocessors=multiprocessors, backward=False), exact[:2], 5e-7)
 
 
+@pytest.mark.parametrize("name", ["wkv6_a", "wkv6_b", "wkv6_extreme", "wkv6_state", "wkv6_state_gs"])
+def test_golden(library, name):
+    data = golden(f"{name}.safetensors")
+    suffix = "__s0" if "s0" in data else ""
+    inputs = [data[key] for key in ("r", "k", "v", "w", "u", "s0") if key in data]
+    results = emulate(library, inputs, data["gy"], data.get("gs_out"))
+    check_golden(data, suffix, results if suffix else results[:-1], gw=5e-6)
+
+
 @pytest.mark.parametrize("size", [32, 64, 128])
 def test_head_sizes(library, size):
     check(library, sample(1, 37, 1, size), both_orders=True)
@@ -124,6 +135,14 @@ def test_segments(library, time, multiprocessors, size, mean):
     call = Call(batch=1, time=time, heads=1, size=size, multiprocessors=multiprocessors)
     assert library.segments(call) == (3 if multiprocessors == 8 else 1)
     check(library, inputs, both_orders=True, multiprocessors=multiprocessors)
+
+
+def test_rounding_does_not_add_up_in_long_sequences(library):
+    """Tensor cores round toward zero: a state kept in them would be off ten times as far, and more with every token."""
+    inputs = sample(1, 2048, 1, 32, mean=-9.0, spread=0.3)
+    with torch.no_grad():
+        exact = wkv6_chunked(*(x.double() for x in inputs))
+    compare(emulate(library, inputs, backward=False), exact, 5e-6)
 
 
 def test_without_a_state_and_without_some_gradients(library):

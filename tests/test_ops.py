@@ -112,11 +112,12 @@ def golden(name):
     return {key: x.unflatten(-1, (heads, size)) if x.dim() == 3 else x for key, x in tensors.items()}
 
 
-def check_golden(data, suffix, results):
+def check_golden(data, suffix, results, gw=2e-6):
+    """gw: the limit for the gradient of w, which the CUDA kernels find as a difference of sums."""
     names = ["y", "s_out", "gr", "gk", "gv", "gw", "gu", *(["gs0"] if suffix else [])]
     for name, value in zip(names, results, strict=True):
         expected = data[name if name == "gs0" else name + suffix]
-        assert error(value, expected) < 2e-6, name
+        assert error(value, expected) < (gw if name == "gw" else 2e-6), name
 
 
 @FORMS

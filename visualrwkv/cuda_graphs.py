@@ -26,6 +26,9 @@ from torch import Tensor
 from visualrwkv.ops.kernel import kernels_wanted, states_in_place
 from visualrwkv.state import LayerState, RWKVState, whole
 
+# Before 2.13, where recording fails, PyTorch's allocator goes on taking it for under way, and refuses the next one.
+_RECORDS_AGAIN = torch.__version__ >= (2, 13)
+_refused = ""  # why nothing is recorded any more
 _KEPT = 8  # graphs of a model, one for each number of places; each has memory for so many states
 # None: what could not be recorded
 _steps: "weakref.WeakKeyDictionary[torch.nn.Module, OrderedDict[tuple, StaticStep | None]]" = (
@@ -71,8 +74,7 @@ def _find(rwkv: torch.nn.Module, parts: "_Parts", embeds: Tensor, state: RWKVSta
     steps = _steps.setdefault(rwkv, OrderedDict())
     places = 1 << (embeds.shape[0] - 1).bit_length()
     # all but the first change when the weights are moved, cast or replaced, which a graph would not notice
-    addresses = [block.att.key.weight.data_ptr() for block in (rwkv.blocks[0], rwkv.blocks[-1])]
-    key = (places, embeds.dtype, embeds.device, parts, *addresses)
+    key = (places, embeds.dtype, embeds.device, parts)
     if key not in steps:
         for old in [other for other in steps if other[1:] != key[1:]]:
             _release(steps.pop(old))
@@ -98,7 +100,14 @@ def _release(static: "StaticStep | None") -> None:
 
 
 def record(function: Callable[[], None]) -> Callable[[], None]:
-    """The work of `function` on the current GPU as a graph; what it does elsewhere is done only now."""
+    """The work of `function` on the current GPU as a graph; what it does elsewhere is done only now.
+
+    Raises:
+        RuntimeError: it cannot be recorded.
+    """
+    global _refused
+    if _refused:
+        raise RuntimeError(_refused)
     stream = _side_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # also brings back the stream of before where recording fails
@@ -106,8 +115,13 @@ def record(function: Callable[[], None]) -> Callable[[], None]:
             function()
         graph = torch.cuda.CUDAGraph()
         # Without a stream PyTorch takes one that belongs to the GPU of the first graph of the process.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # other threads may go on
-            function()
+        try:
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # other threads may go on
+                function()
+        except RuntimeError:
+            if not _RECORDS_AGAIN:
+                _refused = f"PyTorch {torch.__version__} records nothing more in a process where it has failed to"
+            raise
     torch.cuda.current_stream().wait_stream(stream)
     return graph.replay
 
@@ -188,7 +202,7 @@ class StaticStep:
 
 
 class _Parts:
-    """The modules, parameters and buffers of a model, as they were when a graph was recorded."""
+    """The modules, parameters and buffers of a model, and where these lay, when a graph was recorded."""
 
     def __init__(self, rwkv: torch.nn.Module):
         modules = list(rwkv.modules())
@@ -196,14 +210,21 @@ class _Parts:
         self._parents = [kind for kind in kinds for _ in kind]
         self._names = [name for kind in kinds for name in kind]
         self._children = [child for kind in kinds for child in kind.values()]
+        # bound once: looking the method up takes longer than the call, and there are hundreds before each token
+        self._ask = [child.data_ptr for child in self._children if isinstance(child, Tensor)]
+        self._addresses = self._find_addresses()
         self._hooks = [hooks for each in modules for hooks in (each._forward_hooks, each._forward_pre_hooks)]
         self._dicts = [each.__dict__ for each in modules]
         # adapters can be switched on and off in Python, which a graph would not notice
         self._adapted = any(type(each).__module__.startswith("peft") for each in modules)
 
     def hold(self) -> bool:
-        """Whether the model still consists of the same ones."""
-        return all(map(operator.is_, map(dict.get, self._parents, self._names), self._children))
+        """Whether the model still consists of the same ones, in the same memory: casts and moves keep the objects."""
+        same = all(map(operator.is_, map(dict.get, self._parents, self._names), self._children))
+        return same and self._find_addresses() == self._addresses
+
+    def _find_addresses(self) -> list[int]:
+        return list(map(operator.call, self._ask))
 
     def plain(self) -> bool:
         """Whether a step does what the classes of the modules say: no adapter, no hook, no replaced forward."""
