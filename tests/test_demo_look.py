@@ -98,6 +98,27 @@ def test_a_finger_meets_what_it_aims_at(open_page, picture_file, width):
     picture.wait_for(state="detached")
 
 
+def test_what_a_screen_reader_says(open_page, picture_file):
+    page = open_page()
+    page.get_by_role("group", name="Language").wait_for()
+    page.get_by_role("button", name="Model and reading", expanded=False).click()
+    page.get_by_role("button", name="Model and reading", expanded=True).wait_for()
+    attach(page, picture_file)
+    page.locator("#box").get_by_role("img", name="Picture 1").wait_for()
+    page.locator("#save").click()
+    page.locator("[data-testid=toast-text]").wait_for()
+    assert "Info" not in page.locator("[data-testid=toast-body]").inner_text()
+    page.get_by_role("button", name="What color is the ring?", exact=True).press("Enter")
+    page.locator("#chat").get_by_role("button", name="Picture 1", exact=True).wait_for()
+    assert page.evaluate("document.activeElement.closest('#box') !== null")
+    idle(page)
+    ask(page, "And here?")
+    page.locator("#language label", has_text="中文").click()
+    page.locator("#chat").get_by_role("button", name="图片 2", exact=True).wait_for()
+    page.locator("#new", has_text="新对话").click()
+    page.locator("#examples").get_by_role("button", name="颜色").wait_for()
+
+
 def test_what_is_chosen_shows_as_chosen_under_the_pointer(open_page):
     page = open_page()
     page.locator("#reading button").first.click()
