@@ -37,6 +37,13 @@ THEME = gr.themes.Base(
     body_text_color_subdued="*neutral_500",
     input_placeholder_color="*neutral_500",
     input_placeholder_color_dark="*neutral_400",
+    # what stands out on its ground at least 3 to 1 (`test_demo_look.py`)
+    color_accent="*primary_600",
+    checkbox_border_color="*neutral_500",
+    checkbox_border_color_dark="*neutral_300",
+    checkbox_border_color_selected_dark="*neutral_300",
+    checkbox_border_color_hover="*neutral_600",
+    checkbox_border_color_hover_dark="*neutral_200",
 )
 
 

@@ -10,6 +10,7 @@ from visualrwkv.demo import panel
 from visualrwkv.demo.models import EMBEDDED
 from visualrwkv.demo.talk import Talk
 from visualrwkv.demo.texts import LANGUAGES, language_of, text
+from visualrwkv.demo.view import tell
 
 SCRIPT = Path(__file__).with_name("page.js")
 KEEP_FILES = 3600  # seconds until an uploaded file that no session uses is deleted
@@ -51,7 +52,13 @@ def build(talk: Talk) -> gr.Blocks:
         with gr.Row(elem_id="head"):
             words.of(gr.HTML(_brand(words.language), elem_id="brand"), value=_brand)
             language = gr.Radio(
-                list(LANGUAGES.items()), value=words.language, container=False, elem_id="language", min_width=150
+                list(LANGUAGES.items()),
+                value=words.language,
+                label="Language 语言",
+                show_label=False,
+                container=False,
+                elem_id="language",
+                min_width=150,
             )
         with gr.Row(elem_id="main"):
             with gr.Column(scale=3, min_width=320, elem_id="talk"):
@@ -141,6 +148,7 @@ def _connect(page, talk, words, parts):
     again = gr.State()  # a message to be answered again
     camera_open = gr.State(False)
     name = gr.Textbox(visible="hidden")  # of the page, for page.js
+    refuse = gr.Button(visible="hidden", elem_id="refuse")  # pressed by page.js
     setting = [parts.language, *parts.reading]
     outputs = [parts.chatbot, parts.box, parts.figures, parts.branches]
     private = {"api_visibility": "private", "show_progress": "hidden"}
@@ -175,6 +183,7 @@ def _connect(page, talk, words, parts):
     parts.viewfinder.input(
         talk.attach, [parts.box, parts.viewfinder], [parts.box, parts.viewfinder, camera_open], **light
     )
+    refuse.click(lambda language: tell(language, text(language, "refused")), [parts.language], None, **light)
 
     def arrive(chosen, former, request: gr.Request):
         spoken = chosen or language_of(request.headers.get("accept-language"))
@@ -206,7 +215,8 @@ _DOWNLOAD = """(file) => {
 
 
 def _brand(language):
-    return f"<h1>Visual<span>RWKV</span></h1><p>{text(language, 'tagline')}</p>"
+    name = f'<h1 data-picture="{text(language, "picture")}">Visual<span>RWKV</span></h1>'  # with a word for page.js
+    return f"{name}<p>{text(language, 'tagline')}</p>"
 
 
 def _welcome(models):

@@ -142,6 +142,11 @@ TEXTS = {
     ),
     "bad_file": ("{file}: not a usable conversation file.", "{file}：不是可用的对话文件。"),
     "failed": ("The reply failed: {reason}", "回答失败：{reason}"),
+    "refused": (
+        "Only pictures can be shown, and saved conversations loaded.",
+        "这里只能添加图片，或载入保存的对话。",
+    ),
+    "picture": ("Picture", "图片"),
 }
 
 

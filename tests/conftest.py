@@ -161,9 +161,9 @@ def open_page(chromium, server):
 
     contexts, asked, errors = [], set(), []
 
-    def open_page(size="wide", locale="en-US"):
+    def open_page(size="wide", locale="en-US", **options):
         width, height = SIZES[size]
-        context = chromium.new_context(viewport={"width": width, "height": height}, locale=locale)
+        context = chromium.new_context(viewport={"width": width, "height": height}, locale=locale, **options)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(SLOW)

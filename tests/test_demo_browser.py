@@ -229,21 +229,60 @@ def test_what_is_typed_before_the_reply_begins_stays(open_page, monkeypatch):
     assert said(page, "user") == [DESCRIBE, DESCRIBE]
 
 
-def test_pictures_are_dropped_and_pasted_anywhere(open_page, drawn):
+def bring(page, kind, target, *files):
+    """Drop or paste files, pairs of a name and a type."""
+    prevented = page.evaluate(
+        """async ([kind, target, files]) => {
+            const data = new DataTransfer();
+            const blob = await (await fetch(document.querySelector("#examples img").src)).blob();
+            for (const [name, type] of files) data.items.add(new File([blob], name, {type}));
+            const options = {bubbles: true, cancelable: true};
+            const event = kind === "drop" ? new DragEvent("drop", {dataTransfer: data, ...options})
+                : new ClipboardEvent("paste", {clipboardData: data, ...options});
+            document.querySelector(target).dispatchEvent(event);
+            return event.defaultPrevented;
+        }""",
+        [kind, target, files],
+    )
+    assert prevented  # or the browser would show the file in place of the page
+
+
+def test_pictures_are_dropped_and_pasted_anywhere(open_page):
     page = open_page()
-    files = """async kind => {
-        const data = new DataTransfer();
-        const blob = await (await fetch(document.querySelector("#examples img").src)).blob();
-        data.items.add(new File([blob], "dropped.png", {type: "image/png"}));
-        const target = document.querySelector(kind === "drop" ? "#chat" : "body");
-        const event = kind === "drop" ? new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true})
-            : new ClipboardEvent("paste", {clipboardData: data, bubbles: true, cancelable: true});
-        target.dispatchEvent(event);
-        return event.defaultPrevented;
-    }"""
-    for number, kind in enumerate(("drop", "paste"), 1):
-        assert page.evaluate(files, kind)
-        page.locator("#box .thumbnail-item").nth(number - 1).wait_for()
+    ways = (("drop", "#chat"), ("paste", "body"), ("drop", "#box textarea"), ("paste", "#box textarea"))
+    for number, (kind, target) in enumerate(ways):
+        bring(page, kind, target, ("picture.png", "image/png"))
+        page.locator("#box .thumbnail-item").nth(number).wait_for()
+    assert page.locator("#box .thumbnail-item").count() == len(ways)
+
+
+@pytest.mark.parametrize("target", ["#chat", "#box textarea"])
+def test_of_files_that_are_no_pictures_a_word_is_said(open_page, target):
+    page = open_page(locale="zh-CN")
+    page.locator("#new", has_text="新对话").wait_for()
+    bring(page, "drop", target, ("notes.txt", "text/plain"), ("picture.png", "image/png"))
+    page.locator("#box .thumbnail-item").wait_for()
+    page.locator("[data-testid=toast-text]").wait_for()
+    words = page.locator("[data-testid=toast-body]").inner_text().split("\n")
+    assert set(words) == {"×", "这里只能添加图片，或载入保存的对话。"}
+    assert page.locator("[data-testid=toast-text]").count() == page.locator("#box .thumbnail-item").count() == 1
+    bring(page, "drop", target, ("chat.safetensors", ""))  # goes where it can be loaded
+    page.locator("[data-testid=toast-text]", has_text="chat.safetensors").wait_for()
+
+
+def test_pasted_words_win_over_a_picture_of_them(open_page):
+    page = open_page()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.evaluate("""async () => {
+        const picture = await (await fetch(document.querySelector("#examples img").src)).blob();
+        const words = new Blob(["A1\\tB1"], {type: "text/plain"});
+        await navigator.clipboard.write([new ClipboardItem({"text/plain": words, "image/png": picture})]);
+    }""")
+    page.locator("#box textarea").press("Control+v")
+    page.wait_for_function("document.querySelector('#box textarea').value")
+    assert page.locator("#box textarea").input_value() == "A1\tB1"
+    page.wait_for_timeout(500)
+    assert page.locator("#box .thumbnail-item").count() == 0
 
 
 def test_a_page_loaded_again_goes_on_with_its_conversation(open_page, server, drawn, monkeypatch):
