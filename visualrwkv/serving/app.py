@@ -347,7 +347,7 @@ def make_server(vlm, settings: Settings):
     """A uvicorn server; `run(sockets=[...])` serves until Ctrl-C."""
     import uvicorn
 
-    from visualrwkv.serving.server import BACKLOG, Connection, Server
+    from visualrwkv.serving.server import BACKLOG, CLIENT_SECONDS, Connection, Server
 
     config = uvicorn.Config(
         build_app(vlm, settings),
@@ -355,6 +355,7 @@ def make_server(vlm, settings: Settings):
         ws="none",
         backlog=BACKLOG,
         log_level="warning",
+        timeout_keep_alive=CLIENT_SECONDS,
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )
     return Server(config)
