@@ -15,6 +15,7 @@ from golden_data import GOLDEN
 from PIL import Image
 from safetensors.numpy import load_file
 
+from visualrwkv import image_processing
 from visualrwkv.errors import InputError
 from visualrwkv.image_processing import CLIP_MEAN, CLIP_STD, MODES, VisualRWKVImageProcessor, load_image
 
@@ -277,6 +278,53 @@ def test_a_strip_stays_small_in_memory():
     """A few kilobytes of PNG hold a strip of 50 million pixels, which must not become as many rows of 336."""
     done = subprocess.run([sys.executable, "-c", STRIPS], capture_output=True, text=True)
     assert not done.returncode, done.stderr[-300:]
+
+
+MODES_OF_FILES = """
+import io, resource
+from PIL import Image
+from visualrwkv.image_processing import load_image
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+files = {}
+for mode, kind in (("RGB", "PNG"), ("RGBA", "PNG"), ("I;16", "PNG"), ("F", "TIFF"), ("I", "TIFF")):
+    for side in (40, 3000):  # the small one first: what a decoder loads once is not to be counted
+        file = io.BytesIO()
+        Image.new(mode, (side, side)).save(file, kind, **({"compression": "tiff_deflate"} if kind == "TIFF" else {}))
+        files[side, mode] = file.getvalue()
+        load_image(files[40, mode])
+before = peak()
+for (side, mode), file in files.items():
+    load_image(file)
+    assert peak() - before < 90, (mode, peak() - before)
+"""
+
+
+def test_opening_takes_ten_bytes_a_pixel_whatever_the_mode():
+    """Two pictures as RGB, which Pillow keeps in four bytes a pixel, and little else; here of 9 million pixels."""
+    done = subprocess.run([sys.executable, "-c", MODES_OF_FILES], capture_output=True, text=True)
+    assert not done.returncode, done.stderr[-300:]
+
+
+@pytest.mark.parametrize("size", [(61, 47), (1, 300), (300, 1)])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "La", "P", "I;16", "I;16B", "I", "F"])
+def test_pictures_are_converted_part_by_part(monkeypatch, mode, size):
+    image = noise(*size, 4)
+    if mode == "P":
+        image = image.quantize(9)  # with half transparent colours
+    elif mode in ("I", "F"):
+        image = Image.fromarray(np.asarray(image.convert("L"), dtype=np.int32 if mode == "I" else np.float32) * 300)
+    elif mode.startswith("I;16"):
+        image = Image.frombytes(mode, size, np.asarray(image)[:, :, :2].tobytes())
+    elif mode != "RGBA":
+        image = image.convert("LA").convert(mode)
+    assert image.mode == mode
+    whole = load_image(image)
+    for pixels in (7, 97):
+        monkeypatch.setattr(image_processing, "PART_PIXELS", pixels)
+        np.testing.assert_array_equal(load_image(image), whole)
 
 
 def test_squash_and_pad():

@@ -198,6 +198,7 @@ def image(url, **more):
                                         {"type": "image_url", "image_url": {"url": url, **more}}]}  # fmt: skip
 
 
+PICTURE_ALONE = {"role": "user", "content": image("data:,")["content"][1:]}
 BAD = [
     ({"model": "gpt-x"}, 404, "gpt-x"),
     ({"model": 3}, 400, "'model'"),
@@ -208,7 +209,9 @@ BAD = [
     ({"messages": [{"role": "tool", "content": "3"}]}, 400, "tool"),
     ({"messages": [USER, {"role": "assistant", "content": "A"}]}, 400, "last message"),
     ({"messages": [{"role": "user", "content": " "}]}, 400, "empty"),
-    ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "surrogate"),
+    ({"messages": [USER, {"role": "user", "content": "\ud800"}]}, 400, "message 2: it holds half of a surrogate"),
+    ({"messages": [USER, {"role": "user", "content": ""}, USER]}, 400, "message 2: the question is empty"),
+    ({"messages": [PICTURE_ALONE, USER]}, 400, "message 1: it shows a picture and asks nothing; put the question into"),
     ({"messages": [{"role": "user"}]}, 400, "content"),
     ({"messages": [{"role": "user", "content": "What is <image>?"}]}, 400, "<image>"),
     ({"messages": [{"role": "user", "content": "a b " * 500}]}, 400, "up to 400"),
@@ -247,6 +250,10 @@ BAD = [
     ({"response_format": {"type": "json_object"}}, 400, "response_format"),
     ({"tools": []}, 400, "tools"),
     ({"stream": "yes"}, 400, "stream"),
+    ({"stream": 0}, 400, "stream is 0; use true or false"),
+    ({"stream": ""}, 400, 'stream is ""'),
+    ({"stream": True, "stream_options": {"include_usage": 0}}, 400, "include_usage is 0"),
+    ({"stop": ["a", "\ud800"]}, 400, "stop holds half"),
     ({"stream_options": {"include_usage": True}}, 400, "stream=true"),
 ]
 
@@ -269,9 +276,18 @@ def refused(response, status, word):
     return error
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'{"max_tokens": 1' + b"0" * 5000 + b"}"])
+NO_JSON = [b"", b"{", b"[]", b"\xff", b"[" * 100_000]
+
+
+@pytest.mark.parametrize("body", NO_JSON, ids=lambda body: str(body[:9]))
 def test_a_body_that_is_not_json(server, body):
     refused(httpx.post(server[1] + "/v1/chat/completions", content=body, headers=JSON), 400, "JSON")
+
+
+def test_a_number_that_python_does_not_read(server):
+    body = b'{"max_tokens": 1' + b"0" * 5000 + b"}"
+    error = refused(httpx.post(server[1] + "/v1/chat/completions", content=body, headers=JSON), 400, "of digits")
+    assert "sys." not in error["message"]
 
 
 def test_other_pages_methods_and_types(server):

@@ -1,5 +1,6 @@
 """What answers the requests of the endpoint: one batch that replies join and leave, and pictures seen lately."""
 
+import asyncio
 import base64
 import io
 import time
@@ -10,7 +11,7 @@ import torch
 from visualrwkv.prompt import Turn
 from visualrwkv.sampling import Sampling
 from visualrwkv.serving import engine, requests
-from visualrwkv.serving.pictures import RecentPictures
+from visualrwkv.serving.pictures import PictureReader, RecentPictures
 
 
 def wait_until(condition, seconds=30):
@@ -95,17 +96,15 @@ def test_pictures_seen_lately_are_not_encoded_again(vlm, pictures, picture_file,
     monkeypatch.setattr(vlm.model, "get_image_features", lambda pixels: encoded.append(len(pixels)) or encode(pixels))
     sampling = {"max_new_tokens": 4}
     line = engine.Engine(vlm, slots=4)
+    reader = PictureReader(vlm.processor.image_processor, requests.Limits(), line.recent)
 
     def ask(*files):
         uris = ["data:image/png;base64," + base64.b64encode(file).decode() for file in files]
-        asked = requests.ChatRequest(
-            [Turn("user", "What?", images=len(uris))], uris, Sampling(**sampling), False, False
-        )
-        ids, _ = vlm.processor.encode_turns(asked.turns, open_reply=True)
-        read = requests.read_pictures(asked, vlm.processor, requests.Limits(), line.recent)
+        ids, _ = vlm.processor.encode_turns([Turn("user", "What?", images=len(uris))], open_reply=True)
+        read = asyncio.run(reader.read(uris))
         told.clear()
         tokenizer = vlm.processor.tokenizer
-        line.submit(engine.ServedReply(tokenizer, asked.sampling, ids, read, lambda *event: told.append(event)))
+        line.submit(engine.ServedReply(tokenizer, Sampling(**sampling), ids, read, lambda *event: told.append(event)))
         wait_until(lambda: told and told[-1][1])
         return "".join(text for text, _ in told), read
 
@@ -123,6 +122,7 @@ def test_pictures_seen_lately_are_not_encoded_again(vlm, pictures, picture_file,
     both, _ = ask(first, other, other)  # the second one is new, and comes twice
     assert encoded[before:] == [1]
     assert both == vlm.ask([pictures[0], pictures[1], pictures[1]], "What?", **sampling)
+    reader.close()
     line.close()
 
 

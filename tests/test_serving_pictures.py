@@ -11,6 +11,7 @@ import pytest
 from visualrwkv.errors import InputError
 from visualrwkv.image_processing import load_image
 from visualrwkv.serving import fetching, requests
+from visualrwkv.serving.pictures import fetch_allowed
 
 PRIVATE = """127.0.0.1 10.0.0.1 192.168.1.1 172.16.0.1 169.254.169.254 0.0.0.0 100.64.0.1 224.0.0.1 255.255.255.255 ::1
 :: fe80::1 fe80::1%eth0 fd00::1 ::ffff:127.0.0.1 2002:7f00:1:: 64:ff9b::7f00:1"""
@@ -31,7 +32,7 @@ REMOTE = requests.Limits(remote_images=True, remote_bytes=20_000, remote_seconds
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "127.1", "2130706433", "0x7f000001"])
 def test_the_own_machine_is_not_fetched_from(host):
     with pytest.raises(InputError, match="public internet|no host"):
-        requests.open_source(f"http://{host}:1/picture.png", REMOTE, REMOTE.remote_seconds)
+        fetch_allowed(f"http://{host}:1/picture.png", REMOTE, REMOTE.remote_seconds)
 
 
 @pytest.fixture
@@ -66,19 +67,16 @@ def web(picture_file, monkeypatch):
 
 
 def test_remote_pictures_within_limits(web, pictures):
-    assert (
-        load_image(requests.open_source(web + "/picture", REMOTE, REMOTE.remote_seconds)).tobytes()
-        == pictures[0].tobytes()
-    )
+    assert load_image(fetch_allowed(web + "/picture", REMOTE, REMOTE.remote_seconds)).tobytes() == pictures[0].tobytes()
     for page, words in (("/moved", "redirects"), ("/large", "larger"), ("/slow", "more than 1 s")):
         with pytest.raises(InputError, match=words):
-            requests.open_source(web + page, REMOTE, REMOTE.remote_seconds)
+            fetch_allowed(web + page, REMOTE, REMOTE.remote_seconds)
     for seconds, words in ((0, "more than 1 s"), (0.2, "more than 1 s")):  # what others of the request have left
         with pytest.raises(InputError, match=words):
-            requests.open_source(web + "/slow", REMOTE, seconds)
+            fetch_allowed(web + "/slow", REMOTE, seconds)
     for address in ("http://", "http://:80/", "http://[::1", "http://127.0.0.1:99999/", "https://a b/"):
         with pytest.raises(InputError, match="no host"):
-            requests.open_source(address, REMOTE, REMOTE.remote_seconds)
+            fetch_allowed(address, REMOTE, REMOTE.remote_seconds)
 
 
 def test_a_handshake_that_never_ends(monkeypatch):
@@ -98,7 +96,7 @@ def test_a_handshake_that_never_ends(monkeypatch):
     thread = threading.Thread(target=drip)
     thread.start()
     with pytest.raises(InputError, match="more than 1 s"):
-        requests.open_source(f"https://127.0.0.1:{host.getsockname()[1]}/", REMOTE, REMOTE.remote_seconds)
+        fetch_allowed(f"https://127.0.0.1:{host.getsockname()[1]}/", REMOTE, REMOTE.remote_seconds)
     thread.join()
     assert len(heard) < 100  # the connection was cut
     host.close()

@@ -9,11 +9,11 @@ import base64
 import io
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ImagesKwargs
 
@@ -22,6 +22,7 @@ from visualrwkv.errors import InputError
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 50_000_000
+PART_PIXELS = 2**18  # that are converted at a time, where it takes several copies
 MODES = ("crop", "squash", "pad")
 # what pictures on disk and on the web are; Pillow knows more, among them EPS, which would start an interpreter
 FORMATS = (
@@ -68,7 +69,8 @@ def load_image(source: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
         with warnings.catch_warnings():  # Pillow's remarks on odd metadata are not for the user
             warnings.simplefilter("ignore")
             image.load()
-            return _to_rgb(_upright(image))
+            picture = _to_rgb(_upright(image))
+            return image.copy() if picture is image else picture
     except InputError:
         raise
     except Exception as error:  # Pillow's decoders answer broken data with almost any exception
@@ -151,30 +153,56 @@ def _from_array(array: np.ndarray, max_pixels: int) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(image)
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image
     except Exception:  # a damaged EXIF block (Pillow raises many types) is no reason to refuse the picture
         return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """RGB; the image itself if it is that."""
     if image.mode.startswith("I;16"):
-        return _grey(np.asarray(image, dtype=np.float64) / 257)
+        return _by_parts(image, lambda part: _grey(_values(part) / 257))
     if image.mode in ("I", "F"):  # 32-bit greys: the range tells whether they hold 0..1, 8-bit, 16-bit or wider values
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
-        top = values.max()
+        top = max(_values(part).max() for _, part in _parts(image))
         full = next((limit for limit in (1, 255, 65535) if top <= limit and (limit > 1 or image.mode == "F")), top)
-        return _grey(values / full * 255)
-    if image.mode == "La":  # the one mode of Pillow that has a single way out
-        image = image.convert("LA")
+        return _by_parts(image, lambda part: _grey(_values(part) / full * 255))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.copy() if image.mode == "RGB" else image.convert("RGB")
+        return _by_parts(image, _on_white)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _by_parts(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """RGB from parts: a large picture as a whole, in several forms at a time, would take gigabytes."""
+    picture = Image.new("RGB", image.size)
+    for corner, part in _parts(image):
+        picture.paste(convert(part), corner)
+    return picture
+
+
+def _parts(image: Image.Image) -> Iterator[tuple[tuple[int, int], Image.Image]]:
+    """Its upper left corner and the part itself, for all parts; strips have parts of the same size."""
+    width = min(image.width, PART_PIXELS)
+    height = PART_PIXELS // width
+    for top in range(0, image.height, height):
+        for left in range(0, image.width, width):
+            box = (left, top, min(left + width, image.width), min(top + height, image.height))
+            yield (left, top), image.crop(box)
+
+
+def _values(part: Image.Image) -> np.ndarray:
+    return np.nan_to_num(np.asarray(part, dtype=np.float64), posinf=0, neginf=0)
 
 
 def _grey(values: np.ndarray) -> Image.Image:
-    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8)).convert("RGB")
+    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+
+
+def _on_white(part: Image.Image) -> Image.Image:
+    if part.mode == "La":  # the one mode of Pillow that has a single way out
+        part = part.convert("LA")
+    part = part.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", part.size, "white"), part).convert("RGB")
 
 
 class VisualRWKVImageProcessorKwargs(ImagesKwargs, total=False):

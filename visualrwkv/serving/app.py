@@ -12,8 +12,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
 
 from starlette.applications import Starlette
@@ -23,15 +22,13 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
 from visualrwkv.addresses import bind, in_address
-from visualrwkv.image_processing import is_data_uri
 from visualrwkv.serving.engine import Engine, ServedReply, ShuttingDown
-from visualrwkv.serving.requests import ChatRequest, Limits, Refused, check_prompt, parse, read_pictures
+from visualrwkv.serving.pictures import PictureReader
+from visualrwkv.serving.requests import ChatRequest, Limits, Refused, check_prompt, parse
 
 BODY_SECONDS = 60  # for sending a request
 READ_ON = 256 * 2**20  # bytes of a request that is too large: a client that still writes would not see the answer
 SHUTDOWN_SECONDS = 10  # for replies under way after Ctrl-C
-READERS = 4  # threads that open pictures
-FETCHERS = 8  # threads that fetch pictures from the web and open them
 RETRY_AFTER = "1"  # seconds
 
 
@@ -112,15 +109,13 @@ class Service:
         self.places = self.tickets = settings.slots + settings.queue
         self.card = {"id": settings.model, "object": "model", "created": int(time.time()), "owned_by": "visualrwkv"}
         self._processor, self._settings, self._limits = vlm.processor, settings, settings.limits
-        self._readers = ThreadPoolExecutor(READERS, "reader")
-        self._fetchers = ThreadPoolExecutor(FETCHERS, "fetcher")  # a slow host must not hold up who sends pictures
+        self._reader = PictureReader(self._processor.image_processor, self._limits, self.engine.recent)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._told: list[tuple[asyncio.Queue, tuple[str, object]]] = []  # by the engine's thread
 
     def close(self) -> None:
         self.engine.close()
-        for pool in (self._readers, self._fetchers):
-            pool.shutdown(wait=False, cancel_futures=True)
+        self._reader.close()
 
     def check_key(self, request: Request) -> None:
         key = self._settings.api_key
@@ -144,7 +139,7 @@ class Service:
         self.tickets -= 1
         ticket = _Ticket(self)
         try:
-            return await self._answer(request, ticket)
+            return await _unless_gone(request, self._answer(await self._body(request), ticket))
         except ClientDisconnect:
             return JSONResponse(None, 499)  # nobody reads it
         except asyncio.CancelledError:  # the time to end is over, and the request has not even arrived
@@ -152,16 +147,12 @@ class Service:
         finally:
             ticket.hand_back_unless_streaming()
 
-    async def _answer(self, request: Request, ticket: "_Ticket"):
-        body = await self._body(request)
+    async def _answer(self, body: bytes, ticket: "_Ticket"):
         self._loop = asyncio.get_running_loop()
-        asked, ids = await self._loop.run_in_executor(self._readers, self._check, body)
+        # not by the threads that open pictures: a question without any does not wait for those of others
+        asked, ids = await self._loop.run_in_executor(None, self._check, body)
         del body
-        remote = not all(map(is_data_uri, asked.sources))
-        pool = self._fetchers if remote else self._readers
-        pictures = await self._loop.run_in_executor(
-            pool, read_pictures, asked, self._processor, self._limits, self.engine.recent
-        )
+        pictures = await self._reader.read(asked.sources)
         events: asyncio.Queue = asyncio.Queue()
 
         def tell(text, finish):
@@ -178,18 +169,8 @@ class Service:
                 headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
                 ticket=ticket,
             )
-        whole = asyncio.create_task(self._whole(reply, events))
-        gone = asyncio.create_task(_disconnected(request))
-        try:
-            await asyncio.wait({whole, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not whole.done():
-                raise ClientDisconnect
-            text, finish = whole.result()
-            return JSONResponse(completion.whole(text, finish, len(reply.tokens)))
-        finally:
-            reply.cancelled.set()
-            whole.cancel()
-            gone.cancel()
+        text, finish = await self._whole(reply, events)
+        return JSONResponse(completion.whole(text, finish, len(reply.tokens)))
 
     def _hand_over(self):
         """What the replies were told since the last call, to the thread that answers; waking it takes long."""
@@ -344,17 +325,29 @@ def _shutting_down() -> Refused:
     return Refused(503, "the server is shutting down; try again later", code="shutting_down")
 
 
-async def _disconnected(request: Request) -> None:
-    """Returns when the client has gone; its request must have been read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+async def _unless_gone(request: Request, work: Coroutine):
+    """What the work comes to. It is cancelled when the client goes first; the request must have been read."""
+
+    async def gone():
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.create_task(work), asyncio.create_task(gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise ClientDisconnect
+        return tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def make_server(vlm, settings: Settings):
     """A uvicorn server; `run(sockets=[...])` serves until Ctrl-C."""
     import uvicorn
 
-    from visualrwkv.serving.server import BACKLOG, Connection, Server
+    from visualrwkv.serving.server import BACKLOG, CLIENT_SECONDS, Connection, Server
 
     config = uvicorn.Config(
         build_app(vlm, settings),
@@ -362,6 +355,7 @@ def make_server(vlm, settings: Settings):
         ws="none",
         backlog=BACKLOG,
         log_level="warning",
+        timeout_keep_alive=CLIENT_SECONDS,
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )
     return Server(config)

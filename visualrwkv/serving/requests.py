@@ -4,18 +4,13 @@ Nothing is ignored silently: a field or value without effect here is refused by 
 """
 
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Any
 
 from visualrwkv.errors import InputError, short
-from visualrwkv.image_processing import is_data_uri, load_image
 from visualrwkv.prompt import Turn, check_question, turns_from_messages
 from visualrwkv.sampling import Sampling
-from visualrwkv.serving.fetching import fetch
-from visualrwkv.serving.pictures import Picture, RecentPictures
 
 # name in the request -> field of Sampling
 _SAMPLING = {
@@ -97,9 +92,11 @@ def parse(body: bytes, model: str, limits: Limits) -> ChatRequest:
     """Read the body of a request to `/v1/chat/completions`; `Refused` names what is wrong."""
     try:
         data = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        reason = "too deeply nested" if isinstance(error, RecursionError) else error
-        raise Refused(400, f"the body is not JSON: {reason}", code="invalid_json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise Refused(400, f"the body is not JSON: {error}", code="invalid_json") from None
+    except (ValueError, RecursionError) as error:  # Python's advice for such numbers is none for a client
+        reason = "too deeply nested" if isinstance(error, RecursionError) else "a number has thousands of digits"
+        raise Refused(400, f"the body is not JSON that can be read: {reason}", code="invalid_json") from None
     if not isinstance(data, dict):
         raise Refused(400, "the body must be a JSON object with 'model' and 'messages'", code="invalid_json")
     fields = {name: value for name, value in data.items() if value is not None}
@@ -138,10 +135,10 @@ def _short(value: Any) -> str:
 
 
 def _flag(fields: Mapping, name: str, param: str) -> bool:
-    value = fields.get(name) or False
-    if not isinstance(value, bool):
+    value = fields.get(name)
+    if not isinstance(value, bool | None):
         raise Refused(400, f"{name} is {_short(value)}; use true or false", param)
-    return value
+    return bool(value)
 
 
 def _sampling(fields: dict, limits: Limits) -> Sampling:
@@ -162,6 +159,8 @@ def _sampling(fields: dict, limits: Limits) -> Sampling:
     stop = options.get("stop", ())
     if not isinstance(stop, str) and (len(stop) > 16 or any(len(text) > 256 for text in stop)) or len(stop) > 256:
         raise Refused(400, "stop may hold up to 16 strings of up to 256 characters", "stop")
+    if not _encodable("".join(stop)):
+        raise Refused(400, "stop holds half of a surrogate pair, which is no character", "stop")
     return Sampling(**options)
 
 
@@ -172,17 +171,34 @@ def _conversation(messages: Any) -> tuple[list[Turn], list[str]]:
         _check_message(message, f"message {number}")
     try:
         turns, sources = turns_from_messages(messages)
-        for turn in turns:
-            turn.text.encode()  # JSON may hold halves of characters
-            if turn.role == "user":
-                check_question(turn.text)
-    except UnicodeEncodeError:
-        raise Refused(400, "a message holds half of a surrogate pair, which is no character", "messages") from None
     except InputError as error:
         raise Refused(400, str(error), "messages") from None
+    for number, turn in enumerate(turns, 1):
+        try:
+            _check_turn(turn)
+        except InputError as error:
+            raise Refused(400, f"message {number}: {error}", "messages") from None
     if turns[-1].role != "user":
         raise Refused(400, "the last message must be the user's; a reply cannot be continued", "messages")
     return turns, sources
+
+
+def _check_turn(turn: Turn) -> None:
+    if not _encodable(turn.text):
+        raise InputError("it holds half of a surrogate pair, which is no character")
+    if turn.images and not turn.text.strip():
+        raise InputError("it shows a picture and asks nothing; put the question into the same message")
+    if turn.role == "user":
+        check_question(turn.text)
+
+
+def _encodable(text: str) -> bool:
+    """JSON may hold halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_message(message: Any, name: str) -> None:
@@ -228,37 +244,3 @@ def check_prompt(request: ChatRequest, processor, limits: Limits) -> list[int]:
     message = f"the prompt has {positions} tokens or more, {processor.num_image_tokens} for each picture"
     message += f"; this server allows up to {limits.prompt_tokens}"
     raise Refused(400, message, "messages", "context_length_exceeded")
-
-
-def read_pictures(request: ChatRequest, processor, limits: Limits, recent: RecentPictures) -> list[Picture]:
-    """The pictures of a request, with their features where they were seen lately, else with their pixels."""
-    pictures, until = [], time.monotonic() + limits.remote_seconds
-    for number, source in enumerate(request.sources, 1):
-        try:
-            sent = open_source(source, limits, until - time.monotonic())
-            digest = sha256(sent.encode() if isinstance(sent, str) else sent).digest()
-            picture = Picture(digest, recent.get(digest))
-            if picture.features is None:
-                image = load_image(sent, processor.image_processor.max_pixels)
-                picture.pixels = processor.image_processor(image, return_tensors="pt")["pixel_values"]
-        except InputError as error:
-            raise Refused(400, f"picture {number}: {error}", "messages", "invalid_image") from None
-        pictures.append(picture)
-    return pictures
-
-
-def open_source(source: str, limits: Limits, seconds: float) -> str | bytes:
-    """What `load_image` takes, from the `url` of a request: a data URI, or what is behind an address, if allowed and to
-    be had within some seconds."""
-    if is_data_uri(source):
-        return source
-    if not source.lower().startswith(("http://", "https://")):
-        raise InputError("the url must be a data URI, such as data:image/png;base64,...")
-    if not limits.remote_images:
-        raise InputError(
-            "this server fetches no addresses (it was started without --allow-remote-images); send a data URI"
-        )
-    try:
-        return fetch(source, limits.remote_bytes, seconds)
-    except TimeoutError:
-        raise InputError(f"the picture could not be fetched: more than {limits.remote_seconds:g} s") from None
